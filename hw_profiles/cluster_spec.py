@@ -1,0 +1,84 @@
+"""The `cluster:` part of a job, as it may be written, and the rules that join its keys."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field
+
+from hw_profiles.errors import QuestionError
+from hw_profiles.schema import Chip, Record
+
+Count = Annotated[int, Field(gt=0, le=1_000_000, strict=True)]
+
+
+def _flat(mapping: dict[Any, Any], prefix: str = "") -> dict[str, Any]:
+    """{"scale_up": {"latency_us": 2}} as {"scale_up.latency_us": 2}."""
+    out: dict[str, Any] = {}
+    for key, value in mapping.items():
+        name = f"{prefix}{key}"
+        out.update(_flat(value, f"{name}.") if isinstance(value, dict) else {name: value})
+    return out
+
+
+def _chip_text_or_mapping(value: Any) -> Any:
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, dict) or not isinstance(value.get("name"), str):
+        raise ValueError(f"{value!r:.60} is neither the name of a chip nor a mapping with `name` and changed numbers")
+    flat = _flat(value)
+    for key, number in flat.items():
+        if isinstance(number, bool) or not isinstance(number, (str, int, float)):
+            raise ValueError(f"{key:.60} = {number!r:.60}: a number, or a factor such as x2")
+    return flat
+
+
+class ClusterSpec(Record):
+    """A cluster in the user's words; which keys go together depends on the kind of chip (see `check_keys`)."""
+
+    chip: Annotated[str | dict[str, str | float], BeforeValidator(_chip_text_or_mapping)]
+    slice: str | None = Field(None, description="TPU: chips per axis (4x4x8) or a slice name (v5p-256)")
+    slices: Count | None = Field(None, description="TPU: slices joined by the data-centre network; default 1")
+    nodes: Count | None = Field(None, description="GPU: number of nodes")
+    chips_per_node: Count | None = Field(None, description="GPU: devices used in each node; default all")
+    racks: Count | None = Field(None, description="NVL72: number of racks")
+    devices_per_domain: Count | None = Field(None, description="NVL72: devices used in each rack; default all")
+    oversubscription: Annotated[float, Field(ge=1, le=1000, allow_inf_nan=False)] | None = Field(
+        None, description="GPU: how much thinner the network is above the first switch; default 1"
+    )
+    devices: Count | None = Field(None, description="cpu-host: JAX devices")
+
+    @property
+    def chip_name(self) -> str:
+        """The chip's name or alias, without changed numbers."""
+        return self.chip if isinstance(self.chip, str) else str(self.chip["name"])
+
+    @property
+    def chip_changes(self) -> dict[str, str | float]:
+        """Dotted names and new values of numbers that the user changed."""
+        return {} if isinstance(self.chip, str) else {k: v for k, v in self.chip.items() if k != "name"}
+
+
+def is_rack_scale(chip: Chip) -> bool:
+    """Whether one fast domain spans several hosts (NVL72)."""
+    domain = chip.scale_up.chips_per_domain
+    return chip.kind == "gpu" and domain is not None and domain > chip.chips_per_host
+
+
+def check_keys(spec: ClusterSpec, chip: Chip) -> None:
+    """QuestionError where a key does not belong to this kind of chip, or the one that gives the size is missing."""
+    if chip.kind == "tpu":
+        what, needed, allowed = "a TPU", "slice", {"slice", "slices"}
+    elif chip.kind == "cpu":
+        what, needed, allowed = "a CPU host", "devices", {"devices"}
+    elif is_rack_scale(chip):
+        what, needed, allowed = "a rack-scale GPU", "racks", {"racks", "devices_per_domain", "oversubscription"}
+    else:
+        what, needed, allowed = "a GPU in nodes", "nodes", {"nodes", "chips_per_node", "oversubscription"}
+    given = {name for name, value in spec if name != "chip" and value is not None}
+    for name in sorted(given - allowed):
+        keys = ", ".join(sorted(allowed))
+        value = getattr(spec, name)
+        raise QuestionError(f"cluster.{name} = {value}: {chip.name} is {what}; its keys are {keys}")
+    if needed not in given:
+        raise QuestionError(f"cluster.{needed}: required for {chip.name}, and missing")

@@ -1,0 +1,190 @@
+"""The records a hardware profile is made of: every number with its unit, source, date and confidence.
+
+Units stand in the key names of the data files (`peak_tflops`, `memory_bandwidth_gb_per_s`). Inside the simulator
+everything is SI; the properties at the end of `Chip` convert. A key that the schema does not know is an error.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Confidence = Literal["high", "medium", "low", "disputed", "assumption"]
+Dtype = Literal["fp32", "tf32", "fp16", "bf16", "fp8", "int8", "fp4"]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+GIB = 2**30
+
+
+class Record(BaseModel):
+    """Base of all profile records: immutable, unknown keys refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True, allow_inf_nan=False)
+
+
+class Alternative(Record):
+    """The value another source gives for a disputed number."""
+
+    value: PositiveFloat
+    source: str
+
+
+class Quantity(Record):
+    """One number with where it comes from."""
+
+    value: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    source: str
+    date: str
+    confidence: Confidence
+    disputed: tuple[Alternative, ...] = ()
+    note: str | None = None
+
+
+class Curve(Record):
+    """Fraction of the dense peak that a kernel reaches, over its FLOPs, linear in log10(FLOPs) between points.
+
+    `points` are (FLOPs of the whole kernel on one device, fraction in (0, 1]); outside the range the end values hold.
+    `residuals` are quantiles of measured/modelled time over the rows that the curve was fitted on.
+    """
+
+    points: tuple[tuple[PositiveFloat, Annotated[float, Field(gt=0, le=1)]], ...]
+    source: str
+    date: str
+    confidence: Confidence
+    basis: Literal["measured", "compiler", "data sheet", "borrowed", "assumption"]
+    residuals: dict[Literal["p10", "p50", "p90"], PositiveFloat] | None = None
+    rows: int | None = None
+    note: str | None = None
+
+    @model_validator(mode="after")
+    def _ascending(self) -> Curve:
+        sizes = [x for x, _ in self.points]
+        if not sizes or any(b <= a for a, b in zip(sizes, sizes[1:], strict=False)):
+            raise ValueError("points must be in ascending order of FLOPs, at least one")
+        return self
+
+
+class Tile(Record):
+    """Granularity of the matrix unit: dimensions of a product are padded up to multiples of these."""
+
+    rows: int
+    columns: int
+    depth: int
+    source: str
+
+
+class Efficiency(Record):
+    """How much of the peaks is reached: products by dtype, attention by direction, memory streams.
+
+    `grouped_slowdown` is the time of a grouped (per expert) product over that of one dense product of the same FLOPs.
+    """
+
+    matmul: dict[Dtype | Literal["fp8_block"], Curve]
+    grouped_slowdown: Quantity
+    attention_forward: Quantity
+    attention_backward: Quantity
+    memory: Quantity
+    tile: Tile
+
+
+class ScaleUp(Record):
+    """The fast network next to the chip: ICI torus, NVLink, xGMI or the memory of a host.
+
+    `in_switch_efficiency` is given where the switch adds (NVLS): buffer size over time and port rate of an all-reduce.
+    """
+
+    kind: Literal["torus2d", "torus3d", "nvswitch", "cube_mesh", "full_mesh", "pcie", "host_memory"]
+    chips_per_domain: int | None = None
+    links_per_chip: int
+    link_gb_per_s: Quantity | None = None
+    total_gb_per_s: Quantity | None = None
+    latency_us: Quantity
+    ring_efficiency: Quantity
+    all_to_all_efficiency: Quantity
+    in_switch_efficiency: Quantity | None = None
+
+
+class ScaleOut(Record):
+    """The network between domains: InfiniBand, RoCE, EFA, data-centre network; per chip and direction."""
+
+    kind: Literal["infiniband", "ethernet", "dcn"]
+    nic_gb_per_s: Quantity
+    latency_us: Quantity
+    ring_efficiency: Quantity
+    all_to_all_efficiency: Quantity
+
+
+class Price(Record):
+    """Dollars per chip and hour, as offered on a day."""
+
+    usd_per_chip_hour: PositiveFloat
+    terms: Literal["on_demand", "reserved", "spot", "capacity_block"]
+    source: str
+    date: str
+    note: str | None = None
+
+
+class Chip(Record):
+    """One accelerator, as sold (a chip), with what one JAX device of it has.
+
+    All numbers are per chip; a JAX device is `1 / devices_per_chip` of it (TPU v2, v3 and 7x have two).
+    A peak that is not listed does not exist on the chip; a price that is not listed is not known.
+    """
+
+    name: str
+    title: str
+    vendor: Literal["google", "nvidia", "amd", "generic"]
+    kind: Literal["tpu", "gpu", "cpu"]
+    aliases: tuple[str, ...] = ()
+    devices_per_chip: int = 1
+    chips_per_host: int
+    peak_tflops: dict[Dtype, Quantity]
+    memory_gib: Quantity | None = None
+    memory_gb: Quantity | None = None
+    memory_bandwidth_gb_per_s: Quantity
+    framework_reserve_gib: Quantity
+    kernel_overhead_us: Quantity
+    host_step_overhead_us: Quantity
+    efficiency: Efficiency
+    scale_up: ScaleUp
+    scale_out: ScaleOut | None = None
+    host_link_gb_per_s: Quantity | None = None
+    overlap_slowdown: Quantity
+    power_tdp_w: Quantity | None = None
+    prices: tuple[Price, ...] = ()
+    notes: str | None = None
+
+    @model_validator(mode="after")
+    def _one_memory_size(self) -> Chip:
+        if (self.memory_gib is None) == (self.memory_gb is None):
+            raise ValueError("give exactly one of memory_gib and memory_gb")
+        if self.scale_up.link_gb_per_s is None and self.scale_up.total_gb_per_s is None:
+            raise ValueError("scale_up needs link_gb_per_s or total_gb_per_s")
+        return self
+
+    @property
+    def device_memory_bytes(self) -> float:
+        """Memory of one JAX device, bytes."""
+        if self.memory_gib is not None:
+            return self.memory_gib.value * GIB / self.devices_per_chip
+        assert self.memory_gb is not None
+        return self.memory_gb.value * 1e9 / self.devices_per_chip
+
+    @property
+    def device_memory_bytes_per_s(self) -> float:
+        """Data-sheet memory bandwidth of one JAX device, bytes/s."""
+        return self.memory_bandwidth_gb_per_s.value * 1e9 / self.devices_per_chip
+
+    def device_peak_flops_per_s(self, dtype: str) -> float:
+        """Dense peak of one JAX device for `dtype`, FLOP/s. KeyError where the chip has none."""
+        return self.peak_tflops[dtype].value * 1e12 / self.devices_per_chip  # type: ignore[index]
+
+    @property
+    def scale_up_bytes_per_s(self) -> float:
+        """All scale-up links of one chip together, bytes/s and direction."""
+        up = self.scale_up
+        if up.total_gb_per_s is not None:
+            return up.total_gb_per_s.value * 1e9
+        assert up.link_gb_per_s is not None
+        return up.link_gb_per_s.value * up.links_per_chip * 1e9

@@ -1,0 +1,170 @@
+"""The command line. Exit codes: 0 done; 2 the question is wrong; 3 with --strict, the answer is no; 4 the work failed.
+
+Heavy packages are imported by the command that needs them: an answer has half a second, start-up included.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from hw_profiles.errors import QuestionError
+
+NO, FAILED, INTERRUPTED = 3, 4, 130
+
+app = typer.Typer(
+    name="moecast",
+    help="Forecast what a mixture-of-experts training run costs, before the cluster is rented.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+def _version(value: bool) -> None:
+    if value:
+        from importlib.metadata import version
+
+        print(f"moecast {version('moecast')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Forecast what a mixture-of-experts training run costs, before the cluster is rented."""
+
+
+def _print_json(data: Any) -> None:
+    json.dump(data, sys.stdout, indent=2, allow_nan=False)
+    print()
+
+
+@app.command(
+    epilog="Example: moecast forecast examples/mixtral-8x7b.yaml --set plan.expert=4 --html mixtral.html",
+)
+def forecast(
+    jobs: Annotated[list[Path], typer.Argument(metavar="JOB.yaml...", help="One job file, or several to compare.")],
+    engine: Annotated[str, typer.Option(help="How the step is timed: closed-form.")] = "closed-form",
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="FIELD=VALUE", help="Change a field, such as plan.expert=16; repeatable."),
+    ] = None,
+    profile: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A chip profile to use instead of the shipped one.")
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also write a report page that works offline.")
+    ] = None,
+    strict: Annotated[bool, typer.Option(help="Exit with 3 where a job does not fit in memory.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Forecast a training step of each job: time, FLOPs, memory, all-to-all, tokens/s, MFU, dollars."""
+    from simulator.analysis.forecast import forecast as forecast_job
+    from simulator.job.load import load_job
+
+    chip = None
+    if profile is not None:
+        from hw_profiles.loader import load_chip_file
+
+        chip = load_chip_file(profile)
+    answers = [
+        forecast_job(load_job(path, set_ or ()), engine=engine, chip=chip, profile=str(profile) if profile else None)
+        for path in jobs
+    ]
+    if html is not None:
+        from reports.page import write_html
+
+        title = answers[0].job.name if len(answers) == 1 else "Comparison of " + ", ".join(a.job.name for a in answers)
+        write_html(answers, html, f"moecast: {title}")
+    if as_json:
+        _print_json(answers[0].to_dict() if len(answers) == 1 else [a.to_dict() for a in answers])
+    else:
+        _print_tables(answers, html)
+    if strict and not all(a.memory.fits for a in answers):
+        raise typer.Exit(NO)
+
+
+def _print_tables(answers: list[Any], html: Path | None) -> None:
+    from rich.console import Console
+
+    from moecast.terminal import print_comparison, print_forecast
+
+    console = Console()
+    if len(answers) == 1:
+        print_forecast(answers[0], console)
+    else:
+        print_comparison(answers, console)
+    if html is not None:
+        console.print(f"report: {html}", style="dim", highlight=False, markup=False)
+
+
+@app.command(epilog="Example: moecast models deepseek-v3")
+def models(
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="Show one preset whole.")] = None,
+    as_json: Json = False,
+) -> None:
+    """List the model presets with their parameter counts, or show one."""
+    from moecast.catalogue import show_model, show_models
+
+    show_model(name, as_json) if name else show_models(as_json)
+
+
+@app.command(epilog="Example: moecast chips h100-sxm --json")
+def chips(
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="Show one chip with every source.")] = None,
+    as_json: Json = False,
+) -> None:
+    """List the chips, or show one with the source, date and confidence of every number."""
+    from moecast.catalogue import show_chip, show_chips
+
+    show_chip(name, as_json) if name else show_chips(as_json)
+
+
+@app.command(epilog="Example: moecast clusters tpu-v3-32")
+def clusters(
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="Show one cluster or TPU slice.")] = None,
+    as_json: Json = False,
+) -> None:
+    """List the named clusters, or show one with its networks. Any TPU slice has a name, such as v5p-128."""
+    from moecast.catalogue import show_cluster, show_clusters
+
+    show_cluster(name, as_json) if name else show_clusters(as_json)
+
+
+@app.command(epilog="Example: moecast schema > job.schema.json")
+def schema(as_json: Json = True) -> None:
+    """Print the JSON Schema of a job file (--json is implied: a schema is JSON)."""
+    from simulator.job.load import job_schema
+
+    _print_json(job_schema())
+
+
+def main() -> None:
+    """Run the command line; every error of the user's is one line on standard error and a stable exit code."""
+    try:
+        app(standalone_mode=True)
+    except QuestionError as error:
+        print(f"moecast: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        raise SystemExit(INTERRUPTED) from None
+    except BrokenPipeError:
+        # The reader has gone (`| head`); Python would complain again when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(0) from None
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"moecast: {where}{error.strerror or error}", file=sys.stderr)
+        raise SystemExit(FAILED) from None

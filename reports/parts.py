@@ -1,0 +1,104 @@
+"""The parts that step time and memory fall into, with the words people read; order is the order of drawing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from reports import units
+from simulator.results.forecast import Forecast, Memory, StageMemory
+
+TIME_PARTS: tuple[tuple[str, str, str], ...] = (
+    ("compute_s", "compute", "the device computes"),
+    ("all_to_all_s", "all-to-all", "tokens travel to and from experts, nothing computes"),
+    ("communication_s", "communication", "other collectives and sends, nothing computes"),
+    ("host_s", "host", "the device waits for the host's launches"),
+    ("imbalance_s", "imbalance", "waiting for a slower rank"),
+    ("bubble_s", "bubble", "waiting for the pipeline"),
+)
+MEMORY_PARTS: tuple[tuple[str, str, bool], ...] = (
+    # attribute, words, whether it is counted as "other" in the short form
+    ("parameters_bytes", "parameters", False),
+    ("gradients_bytes", "gradients", False),
+    ("optimizer_bytes", "optimizer state", False),
+    ("activations_bytes", "activations", False),
+    ("dispatch_bytes", "dispatch buffers", False),
+    ("gathered_weights_bytes", "gathered weights", True),
+    ("collective_buffers_bytes", "collective buffers", True),
+    ("workspace_bytes", "workspace", True),
+    ("reserve_bytes", "framework reserve", True),
+)
+
+
+def time_parts(forecast: Forecast) -> list[tuple[str, float]]:
+    """(words, seconds) of each part of the step."""
+    return [(words, getattr(forecast.parts, name)) for name, words, _ in TIME_PARTS]
+
+
+def memory_parts(stage: StageMemory) -> list[tuple[str, float]]:
+    """(words, bytes) of each part of a stage's memory; they sum to its peak."""
+    return [(words, getattr(stage, name)) for name, words, _ in MEMORY_PARTS]
+
+
+def memory_parts_short(stage: StageMemory) -> list[tuple[str, float]]:
+    """As `memory_parts`, with the small ones as `other`."""
+    return [
+        *((words, getattr(stage, name)) for name, words, other in MEMORY_PARTS if not other),
+        ("other", stage.other_bytes),
+    ]
+
+
+def misfit_text(memory: Memory) -> str:
+    """What does not fit, where and by how much; empty when all stages fit."""
+    stages = [s.stage for s in memory.by_stage if s.peak_bytes > memory.capacity_bytes]
+    if not stages:
+        return ""
+    several = len(memory.by_stage) > 1
+    where = f"stage {memory.worst.stage} needs" if several else "needs"
+    more = f"; {len(stages)} of {len(memory.by_stage)} stages too large" if several else ""
+    share = units.percent(units.share(memory.peak_bytes, memory.capacity_bytes))
+    return f"DOES NOT FIT: {where} {units.memory_of(memory.peak_bytes, memory.capacity_bytes)} ({share}){more}"
+
+
+def routes(forecast: Forecast) -> bool:
+    """Whether the job has experts to route to."""
+    return forecast.routing.model not in ("", "none")
+
+
+def devices(number: int) -> str:
+    """1 device, 2,048 devices."""
+    return f"{number:,} device" if number == 1 else f"{number:,} devices"
+
+
+def unique_names(forecasts: Sequence[Forecast]) -> list[str]:
+    """The job names in order, repeated ones numbered, so that each bar and row has its own."""
+    out: list[str] = []
+    for forecast in forecasts:
+        name, n = forecast.job.name, 1
+        while name in out:
+            n += 1
+            name = f"{forecast.job.name} ({n})"
+        out.append(name)
+    return out
+
+
+def words(value: object) -> str:
+    """A plan's or job's value as text: yes/no, lists with commas, mappings as `key value`."""
+    if value is None:
+        return "default"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {words(v)}" for key, v in value.items()) or "none"
+    if isinstance(value, list | tuple):
+        return ", ".join(words(v) for v in value) or "none"
+    return str(value)
+
+
+def plan_line(plan: Mapping[str, Any]) -> str:
+    """The plan in one line, without what is off, 1 or left to its default."""
+    said = [(k, v) for k, v in plan.items() if v is not None and v is not False and v != 1 and v != "none"]
+    text = ", ".join(k.replace("_", " ") if v is True else f"{k.replace('_', ' ')} {words(v)}" for k, v in said)
+    return text or "no parallelism"

@@ -1,0 +1,1 @@
+"""Predicts what a job costs. Pure Python and NumPy; no JAX."""

@@ -1,0 +1,1 @@
+"""From work and hardware to a forecast."""

@@ -1,0 +1,123 @@
+"""What a forecast rests on, its interval, and its price: from the profile's own words to the forecast's."""
+
+from __future__ import annotations
+
+from hw_profiles.cluster import Cluster
+from hw_profiles.schema import Chip, Curve, Price, Quantity
+from simulator.job.job import Job
+from simulator.job.rules import Degrees
+from simulator.kernels.roofline import Kernels
+from simulator.results.forecast import Cost, Evidence, Parts
+from simulator.workload.habits import Habits
+
+# Relative error of time that we assume for what nobody measured on this chip: an 80 % interval as wide as published
+# MoE step times scatter around a constant MFU (30 % median, 80 % at the 90th percentile; measured/README.md).
+UNMEASURED = (0.75, 1.6)
+BORROWED = (0.8, 1.4)
+NETWORK = {
+    "high": (0.85, 1.3),
+    "medium": (0.8, 1.4),
+    "low": (0.75, 1.6),
+    "disputed": (0.75, 1.6),
+    "assumption": (0.7, 1.8),
+}
+
+INTERVAL_MEANING = (
+    "80 % interval by parts: compute by the residuals of the profile's curves, communication by the confidence of"
+    " its links; uncalibrated, so an estimate of spread and not a tested coverage"
+)
+
+
+def _compute_spread(curve: Curve) -> tuple[float, float]:
+    if curve.basis in ("measured", "compiler") and curve.residuals:
+        # Kernels measured alone run slower inside a step (other streams, power): widen upwards by a tenth.
+        return curve.residuals.get("p10", 0.9), curve.residuals.get("p90", 1.1) * 1.1
+    return BORROWED if curve.basis == "borrowed" else UNMEASURED
+
+
+def _link(cluster: Cluster, outer: bool) -> Quantity:
+    chip = cluster.chip
+    if outer and chip.scale_out is not None:
+        return chip.scale_out.all_to_all_efficiency
+    return chip.scale_up.all_to_all_efficiency
+
+
+def interval(parts: Parts, cluster: Cluster, kernels: Kernels, habits: Habits) -> tuple[float, float]:
+    """Low and high step time, seconds: every part at the same end of its own spread (errors are taken as common)."""
+    low, high = _compute_spread(kernels.curve(habits.matmul_dtype))
+    outer = len(cluster.levels) > 1 or cluster.slices > 1
+    net_low, net_high = NETWORK[_link(cluster, outer).confidence]
+    compute = parts.compute_s + parts.imbalance_s + parts.bubble_s
+    network = parts.all_to_all_s + parts.communication_s
+    return compute * low + network * net_low + parts.host_s, compute * high + network * net_high + 2 * parts.host_s
+
+
+def _curve_text(name: str, curve: Curve) -> str:
+    rows = f", {curve.rows} rows" if curve.rows else ""
+    return f"{name}: {curve.basis}{rows} ({curve.source}, {curve.date}; confidence {curve.confidence})"
+
+
+def _quantity_text(name: str, q: Quantity) -> str:
+    return f"{name} {q.value:g}: {q.confidence} ({q.source}, {q.date})"
+
+
+def gather_evidence(
+    job: Job, cluster: Cluster, degrees: Degrees, habits: Habits, kernels: Kernels, warnings: list[str], profile: str
+) -> Evidence:
+    """Sources of the numbers that weigh most, and warnings a reader should see."""
+    chip: Chip = cluster.chip
+    dtype, runs_as = habits.matmul_dtype, kernels.runs_as(habits.matmul_dtype)
+    curve = kernels.curve(dtype)
+    rests = [
+        _curve_text(f"products in {runs_as}", curve),
+        _quantity_text("attention, fraction of peak", chip.efficiency.attention_forward),
+        _quantity_text("memory streams, fraction of data sheet", chip.efficiency.memory),
+        _quantity_text(f"{chip.scale_up.kind}, fraction in all-to-all", chip.scale_up.all_to_all_efficiency),
+    ]
+    if chip.scale_out is not None and (len(cluster.levels) > 1 or cluster.slices > 1):
+        rests.append(
+            _quantity_text(f"{chip.scale_out.kind}, fraction in all-to-all", chip.scale_out.all_to_all_efficiency)
+        )
+    remat = job.training.remat if isinstance(job.training.remat, str) else "by name"
+    rests.append(f"software {job.software.stack}: {habits.attention} attention, recompute {remat}")
+    rests.append(f"routing: {job.training.routing.model}")
+    notes = list(warnings)
+    if runs_as != dtype and not (dtype == "fp32" and chip.kind == "tpu"):
+        notes.append(f"{chip.name} has no measured {dtype} products: they are forecast as {runs_as}")
+    if dtype == "fp32" and chip.kind == "tpu":
+        notes.append(
+            "fp32 products run as one bf16 pass on a TPU (jax_default_matmul_precision), so the peak is bf16's"
+        )
+    peak = chip.peak_tflops.get("fp8" if runs_as == "fp8_block" else runs_as)  # type: ignore[call-overload]
+    if peak is not None and peak.disputed:
+        others = ", ".join(f"{a.value:g} ({a.source})" for a in peak.disputed)
+        notes.append(f"the {runs_as} peak of {chip.name} is disputed: {peak.value:g} TFLOP/s here, {others}")
+    if curve.basis not in ("measured", "compiler"):
+        notes.append(f"no kernel measurements of {chip.name} in {runs_as}: compute times rest on {curve.basis}")
+    return Evidence(
+        profile=profile,
+        calibration="uncalibrated: no trace of this job or chip was used",
+        peak_dtype=runs_as,
+        peak_flops_per_s=kernels.peak(dtype),
+        rests_on=tuple(rests),
+        warnings=tuple(notes),
+    )
+
+
+def price_of(chip: Chip) -> Price | None:
+    """The on-demand price of the profile, else the first of any terms."""
+    on_demand = [p for p in chip.prices if p.terms == "on_demand"]
+    known = on_demand or list(chip.prices)
+    return known[0] if known else None
+
+
+def cost_of(cluster: Cluster, step_s: float, tokens: float) -> Cost:
+    """Dollars of a step at the profile's price; None where it has none. Energy at thermal design power."""
+    chip, price = cluster.chip, price_of(cluster.chip)
+    kwh = None if chip.power_tdp_w is None else chip.power_tdp_w.value * cluster.chips * step_s / 3.6e6
+    if price is None:
+        return Cost(None, None, None, cluster.chips, None, f"no price for {chip.name} in its profile", None, kwh)
+    usd = price.usd_per_chip_hour * cluster.chips * step_s / 3600
+    return Cost(
+        usd, usd / tokens * 1e9, price.usd_per_chip_hour, cluster.chips, price.terms, price.source, price.date, kwh
+    )

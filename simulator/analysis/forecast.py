@@ -1,0 +1,206 @@
+"""The forecast of one job: resolve, build the work, time it, and write the record down."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hw_profiles.cluster import Cluster
+from hw_profiles.errors import QuestionError
+from hw_profiles.loader import resolve_cluster
+from hw_profiles.schema import Chip
+from simulator.analysis.closed_form import ClosedForm, StageResult, busiest_rank, closed_form
+from simulator.analysis.evidence import INTERVAL_MEANING, cost_of, gather_evidence, interval
+from simulator.job.job import Capacity, Job, RematPolicy
+from simulator.job.rules import Degrees, resolve
+from simulator.kernels.roofline import Kernels
+from simulator.results.forecast import AllToAll, Collective, Flops, Forecast, JobSummary, Memory, OpRow, Routing
+from simulator.workload.conventions import full_attention_extra, kaplan_forward_per_sequence
+from simulator.workload.habits import Habits, habits_of
+from simulator.workload.memory import argument_bytes, stage_memory
+from simulator.workload.parameters import count_parameters
+from simulator.workload.stages import Workload, build_workload, offload_names
+
+ENGINES = ("closed-form",)
+CONVENTION = "3 x forward; attention halved for causal masks; logits counted; no recompute, padding or drops"
+GIB = 2**30
+
+
+def forecast(
+    job: Job, *, engine: str = "closed-form", chip: Chip | None = None, profile: str | None = None
+) -> Forecast:
+    """The forecast of `job`; `chip` replaces the cluster's chip profile (and `profile` is the name to show for it).
+
+    Raises QuestionError where the job breaks a rule of its model or cluster. A job that does not fit in memory is
+    forecast all the same: `forecast.memory.fits` says so.
+    """
+    if engine not in ENGINES:
+        raise QuestionError(f"engine = {engine!r}: known engines: {', '.join(ENGINES)}")
+    cluster = resolve_cluster(job.cluster, chip=chip)
+    return forecast_on(job, cluster, profile or f"{cluster.chip.name} as shipped")
+
+
+def forecast_on(job: Job, cluster: Cluster, profile: str) -> Forecast:
+    """The forecast of `job` on an already resolved `cluster`."""
+    degrees = resolve(job, cluster)
+    habits = habits_of(job, cluster.chip.kind, accumulates=degrees.microbatches > 1)
+    workload = build_workload(job, degrees, habits)
+    kernels = Kernels(cluster.chip)
+    result = closed_form(job, cluster, degrees, habits, workload, kernels)
+    step = float(result.step_s)
+    tokens = job.tokens_per_step
+    flops = _flops(job, degrees, result)
+    peak = kernels.peak(habits.matmul_dtype)
+    return Forecast(
+        job=_summary(job, cluster, degrees),
+        engine="closed-form",
+        step_time_s=step,
+        step_time_interval_s=interval(result.parts, cluster, kernels, habits),
+        interval_meaning=INTERVAL_MEANING,
+        sequences_per_s=job.batch.sequences / step,
+        tokens_per_s=tokens / step,
+        tokens_per_s_per_device=tokens / step / cluster.devices,
+        mfu=flops.model_per_step / (step * cluster.devices * peak),
+        hfu=flops.executed_per_device / (step * peak),
+        flops=flops,
+        memory=_memory(job, cluster, degrees, habits, workload),
+        parts=result.parts,
+        all_to_all=_all_to_all(result.stages),
+        collectives=_collectives(result.stages),
+        ops=_ops(degrees, workload, result),
+        routing=_routing(job, degrees, workload),
+        cost=cost_of(cluster, step, tokens),
+        evidence=gather_evidence(job, cluster, degrees, habits, kernels, _warnings(job, cluster, workload), profile),
+    )
+
+
+def _flops(job: Job, degrees: Degrees, result: ClosedForm) -> Flops:
+    per_stage = degrees.data * degrees.tensor * degrees.context
+    model = sum(s.model_flops for s in result.stages) * per_stage
+    executed = sum(s.executed_flops for s in result.stages) / len(result.stages)
+    sequences = job.batch.sequences
+    full = model + 3 * sequences * full_attention_extra(job.model, job.batch)
+    variants = {
+        "full_attention_per_token": full / job.tokens_per_step,
+        "kaplan_forward_per_sequence": kaplan_forward_per_sequence(job.model, job.batch),
+    }
+    return Flops(model, executed, model / job.tokens_per_step, model / 3 / sequences, CONVENTION, variants)
+
+
+def _memory(job: Job, cluster: Cluster, degrees: Degrees, habits: Habits, workload: Workload) -> Memory:
+    chip = cluster.chip
+    reserve = chip.framework_reserve_gib.value * GIB / chip.devices_per_chip
+    stages = tuple(stage_memory(job, degrees, habits, workload, s, reserve) for s in range(degrees.pipeline))
+    meaning = (
+        "total of XLA's memory-usage report, plus the framework reserve of the profile"
+        if habits.xla
+        else "allocator's peak, plus the framework reserve of the profile"
+    )
+    return Memory(chip.device_memory_bytes, stages, float(argument_bytes(job, degrees, habits, workload)), meaning)
+
+
+def _all_to_all(stages: list[StageResult]) -> AllToAll:
+    n = len(stages)
+    return AllToAll(
+        time_s=sum(s.all_to_all_total_s for s in stages) / n,
+        exposed_s=sum(s.all_to_all_s for s in stages) / n,
+        bytes_per_device=sum(s.all_to_all_bytes for s in stages) / n,
+    )
+
+
+def _collectives(stages: list[StageResult]) -> tuple[Collective, ...]:
+    """One row per scope and kind of the stage that communicates most."""
+    busiest = max(stages, key=lambda s: sum(c.seconds * calls for c, calls, _ in s.comms))
+    rows: dict[tuple[str, str], list[Any]] = {}
+    for c, calls, share in busiest.comms:
+        if calls:
+            row = rows.setdefault((c.scope, c.kind), [c.size, 0.0, 0.0, 0.0, 0.0, c.level])
+            row[1] += calls
+            row[2] += calls * c.bytes
+            row[3] += calls * c.seconds
+            row[4] += calls * c.seconds * share
+    out = [Collective(scope, kind, r[0], r[1], r[2], r[3], r[4], r[5]) for (scope, kind), r in rows.items()]
+    return tuple(sorted(out, key=lambda c: -c.time_s))
+
+
+def _ops(degrees: Degrees, workload: Workload, result: ClosedForm) -> tuple[OpRow, ...]:
+    """One row per scope and pass of the busiest stage, over a step."""
+    stage = max(range(len(result.stages)), key=lambda s: result.stages[s].compute_s)
+    rows: dict[tuple[str, str], list[Any]] = {}
+    for times, n in zip(result.piece_times, workload.counts[stage], strict=True):
+        for op in times.ops:
+            calls = n * degrees.microbatches
+            for phase, seconds, flops in (
+                ("forward", op.forward_s, op.forward_flops),
+                ("recompute", op.recompute_s, op.recompute_flops),
+                ("backward", op.backward_s, op.backward_flops),
+            ):
+                if calls and seconds:
+                    row = rows.setdefault((op.scope, phase), [0.0, 0.0, 0.0, 0.0, op.bound])
+                    row[0] += calls
+                    row[1] += calls * flops
+                    row[2] += calls * op.bytes
+                    row[3] += calls * seconds
+    out = [OpRow(scope, phase, r[0], r[1], r[2], r[3], r[4]) for (scope, phase), r in rows.items()]
+    return tuple(sorted(out, key=lambda o: -o.time_s))
+
+
+def _routing(job: Job, degrees: Degrees, workload: Workload) -> Routing:
+    with_slots = [(p, sum(c[i] for c in workload.counts)) for i, p in enumerate(workload.pieces) if p.slots is not None]
+    layers = sum(n for _, n in with_slots)
+    dropped = 0.0
+    if job.training.routing.model != "even" and layers:
+        dropped = sum(p.slots.dropped_fraction * n for p, n in with_slots if p.slots is not None) / layers
+    return Routing(job.training.routing.model, dropped, busiest_rank(job, degrees, workload))
+
+
+def _summary(job: Job, cluster: Cluster, degrees: Degrees) -> JobSummary:
+    t, capacity = job.training, job.training.capacity
+    count = count_parameters(job.model)
+    plan = {
+        "data": degrees.data, "tensor": degrees.tensor, "context": degrees.context, "pipeline": degrees.pipeline,
+        "expert": degrees.expert, "expert_tensor": degrees.expert_tensor,
+        "sequence_parallel": job.plan.sequence_parallel,
+        "shard": job.plan.shard, "shard_degree": degrees.shard, "microbatch_sequences": degrees.microbatch_sequences,
+        "microbatches": degrees.microbatches, "schedule": job.plan.schedule, "virtual_stages": job.plan.virtual_stages,
+        "layers_per_stage": [sum(c.layers for c in chunks) for chunks in degrees.chunks],
+    }  # fmt: skip
+    return JobSummary(
+        name=job.name,
+        hash=job.hash,
+        model=job.model.name,
+        total_parameters=count.total,
+        active_parameters=count.active,
+        cluster=cluster.name,
+        chip=cluster.chip.name,
+        devices=cluster.devices,
+        chips=cluster.chips,
+        plan=plan,
+        sequences=job.batch.sequences,
+        tokens_per_step=job.tokens_per_step,
+        precision=t.precision,
+        optimizer=t.optimizer,
+        remat="by name" if isinstance(t.remat, RematPolicy) else t.remat,
+        capacity=f"factor {capacity.factor:g} of {capacity.basis}" if isinstance(capacity, Capacity) else capacity,
+        dispatch=f"{degrees.layout}, {t.dispatch.transport}" if job.model.moes else "none",
+        stack=job.software.stack,
+    )
+
+
+def _warnings(job: Job, cluster: Cluster, workload: Workload) -> list[str]:
+    """What the reader should know about how the question was understood."""
+    out = []
+    capacity = job.training.capacity
+    if isinstance(capacity, Capacity):
+        for p in workload.pieces:
+            if p.slots is not None and capacity.group_tokens and p.slots.group < capacity.group_tokens:
+                out.append(
+                    f"capacity is counted over {p.slots.group} tokens in {p.name}: a microbatch has no more"
+                    f" (training.capacity.group_tokens asks {capacity.group_tokens})"
+                )
+        if job.training.routing.model in ("zipf", "dirichlet"):
+            out.append("drops are forecast for routing by chance; a skewed router drops more")
+    if offload_names(job) and cluster.chip.host_link_gb_per_s is None:
+        out.append(f"{cluster.chip.name} has no host link in its profile: offloading is taken as free")
+    if job.plan.schedule == "dualpipe" and job.model.moes and not job.software.overlap.all_to_all:
+        out.append("dualpipe without software.overlap.all_to_all: the all-to-alls are taken as exposed")
+    return out

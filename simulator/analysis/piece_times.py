@@ -1,0 +1,194 @@
+"""Seconds of one piece of work for one microbatch on one device, by kind of time and pass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from hw_profiles.cluster import Cluster
+from simulator.job.job import Job
+from simulator.job.rules import Degrees
+from simulator.kernels.roofline import Kernels
+from simulator.network.collectives import Network, Rate
+from simulator.numbers import Number, maximum
+from simulator.workload.habits import Habits
+from simulator.workload.memory import is_recomputed, offloaded_bytes
+from simulator.workload.ops import Comm, Op
+from simulator.workload.routing import distinct_domains
+from simulator.workload.stages import Piece, offload_names, recompute_names
+
+
+@dataclass(slots=True)
+class OpTime:
+    """One compute op: seconds and FLOPs of each pass of one microbatch."""
+
+    scope: str
+    bound: str
+    forward_s: Number
+    backward_s: Number
+    recompute_s: Number
+    forward_flops: Number
+    backward_flops: Number
+    recompute_flops: Number
+    bytes: Number
+
+
+@dataclass(slots=True)
+class CommTime:
+    """One collective: group, bytes per call, calls of one microbatch, seconds a call."""
+
+    scope: str
+    kind: str
+    size: int
+    bytes: Number
+    forward: float
+    backward: float
+    seconds: Number
+    level: str
+
+
+@dataclass(slots=True)
+class PieceTime:
+    """All of a piece. Compute seconds are at balanced load; `hot_s` is what the busiest expert rank adds."""
+
+    piece: Piece
+    ops: list[OpTime] = field(default_factory=list)
+    comms: list[CommTime] = field(default_factory=list)
+    forward_s: Number = 0.0
+    backward_input_s: Number = 0.0
+    backward_weight_s: Number = 0.0
+    forward_all_to_all_s: Number = 0.0
+    backward_all_to_all_s: Number = 0.0
+    forward_other_s: Number = 0.0
+    backward_other_s: Number = 0.0
+    hot_s: Number = 0.0
+    host_s: Number = 0.0
+    model_flops: Number = 0.0
+    executed_flops: Number = 0.0
+
+    @property
+    def compute_s(self) -> Number:
+        """Seconds of compute, forward and backward, recompute included."""
+        return self.forward_s + self.backward_input_s + self.backward_weight_s
+
+
+class Timer:
+    """Turns pieces into times for one job on one cluster."""
+
+    def __init__(
+        self, job: Job, cluster: Cluster, degrees: Degrees, habits: Habits, kernels: Kernels, busiest: float
+    ) -> None:
+        self.job, self.cluster, self.degrees, self.habits, self.kernels = job, cluster, degrees, habits, kernels
+        self.busiest = busiest
+        self.network = Network(cluster)
+        self.names = recompute_names(job)
+        self.offload = offload_names(job)
+        host = cluster.chip.host_link_gb_per_s
+        self.host_bytes_per_s = host.value * 1e9 if host is not None else None
+
+    def rate(self, axis: str, kind: str, between: float = 1.0) -> tuple[int, Rate]:
+        """Group size and cost line of a collective over a mesh axis."""
+        d = self.degrees
+        size = {
+            "tensor": d.tensor,
+            "context": d.context,
+            "expert": d.expert,
+            "expert_tensor": d.expert_tensor,
+            "replica": d.data * d.context,
+            "expert_data": d.expert_data,
+            "pipeline": d.pipeline,
+        }[axis]
+        return size, self.network.rate(kind, size, d.strides[axis], between)
+
+    def rate_of(self, kind: str, size: int, axis: str, apart: int = 1) -> Rate:
+        """Cost line of a collective over `size` members of an axis, every `apart`-th of them."""
+        return self.network.rate(kind, size, self.degrees.strides[axis] * apart)
+
+    def time(self, piece: Piece) -> PieceTime:
+        """All times of `piece`."""
+        out = PieceTime(piece)
+        for op in piece.work.ops:
+            self._op(out, op)
+        for comm in piece.work.comms:
+            self._comm(out, comm)
+        if self.offload and piece.is_layer:
+            self._offload(out)
+        return out
+
+    def _op(self, out: PieceTime, op: Op) -> None:
+        k = self.kernels
+        forward, backward = k.forward_s(op), k.backward_s(op)
+        again = out.piece.is_layer and is_recomputed(op, self.names) and not op.dead_on_recompute
+        recompute = forward if again else 0.0
+        out.forward_s = out.forward_s + forward
+        if op.kind == "matmul":
+            out.backward_input_s = out.backward_input_s + backward / 2 + recompute
+            out.backward_weight_s = out.backward_weight_s + backward / 2
+        else:
+            out.backward_input_s = out.backward_input_s + backward + recompute
+        if op.hot:
+            out.hot_s = out.hot_s + (forward + backward + recompute) * (self.busiest - 1)
+        flops = op.flops
+        again_flops = flops if again else 0.0
+        out.model_flops = out.model_flops + 3 * op.model_flops
+        out.executed_flops = out.executed_flops + flops * (1 + op.backward) + again_flops
+        out.ops.append(
+            OpTime(
+                op.scope, k.bound(op), forward, backward, recompute, flops, flops * op.backward, again_flops, op.bytes
+            )
+        )
+
+    def _comm(self, out: PieceTime, comm: Comm) -> None:
+        kinds = self._kinds(comm)
+        between = self._between(comm)
+        repeated = comm.recompute if out.piece.is_layer and self.names is None else 0.0
+        forward, backward = comm.forward, comm.backward + repeated
+        for kind in kinds:
+            size, rate = self.rate(comm.axis, kind, between)
+            if size <= 1:
+                return
+            seconds = rate.latency_s + comm.bytes * rate.seconds_per_byte
+            if kind == "permute":
+                # Keys and values go round a ring of n ranks in n - 1 steps.
+                seconds = (size - 1) * (rate.latency_s + comm.bytes * rate.seconds_per_byte)
+            out.comms.append(CommTime(comm.scope, kind, size, comm.bytes, forward, backward, seconds, rate.level))
+            if kind == "all_to_all":
+                out.forward_all_to_all_s = out.forward_all_to_all_s + forward * seconds
+                out.backward_all_to_all_s = out.backward_all_to_all_s + backward * seconds
+                if comm.hot:
+                    out.hot_s = out.hot_s + (forward + backward) * (seconds - rate.latency_s) * (self.busiest - 1)
+            else:
+                out.forward_other_s = out.forward_other_s + forward * seconds
+                out.backward_other_s = out.backward_other_s + backward * seconds
+
+    def _kinds(self, comm: Comm) -> tuple[str, ...]:
+        if comm.kind == "tensor":
+            return (
+                ("all_gather", "reduce_scatter")
+                if self.job.plan.sequence_parallel or comm.axis == "expert_tensor"
+                else ("all_reduce",)
+            )
+        if comm.kind == "context_exchange":
+            return ("permute",)
+        return (comm.kind,)
+
+    def _between(self, comm: Comm) -> float:
+        """Share of all-to-all bytes that leaves a node when a token is sent there once (DeepEP, HybridEP)."""
+        if (
+            comm.transport not in ("deepep", "hybridep")
+            or self.cluster.torus is not None
+            or len(self.cluster.levels) < 2
+        ):
+            return 1.0
+        moe = self.job.model.moes[0]
+        per_node = max(1, self.cluster.levels[0].devices // self.degrees.strides["expert"])
+        nodes = max(1.0, self.degrees.expert / per_node)
+        return float(distinct_domains(moe, nodes)) / moe.top_k
+
+    def _offload(self, out: PieceTime) -> None:
+        """Moving saved results to the host and back beside the compute; what does not fit behind it is exposed."""
+        if self.host_bytes_per_s is None:
+            return
+        each_way = offloaded_bytes(out.piece, self.offload) / self.host_bytes_per_s
+        out.host_s = maximum(each_way - out.forward_s, 0.0) + maximum(
+            each_way - out.backward_input_s - out.backward_weight_s, 0.0
+        )

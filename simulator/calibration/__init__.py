@@ -1,0 +1,1 @@
+"""Tables of measurements, and how their rows become jobs."""

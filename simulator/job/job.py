@@ -1,0 +1,245 @@
+"""The job: model, cluster, plan, batch, training and software, as one strict schema (docs/job.md).
+
+The schema only says what each field may hold. Rules between fields, and between the job and its cluster, are in
+`simulator.job.rules`; reading files and overrides is in `simulator.job.load`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from simulator.job.model import Count, CountOrZero, Model, Section
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Dtype = Literal["fp32", "bf16", "fp16", "fp8"]
+Axis = Literal["tensor", "context", "data", "pipeline"]
+Precision = Literal["fp32", "bf16", "selective-bf16", "fp8-tensorwise", "fp8-blockwise", "mxfp8", "nvfp4", "int8"]
+Schedule = Literal["gpipe", "1f1b", "interleaved", "zb-h1", "dualpipe"]
+Stack = Literal["generic", "moecast", "t5x", "mesh-tensorflow", "maxtext", "megatron", "torchtitan"]
+
+# Forward results of a layer that a remat mapping may name.
+RematName = Literal[
+    "norms", "qkv", "mla_up_proj", "core_attention", "attention_output", "ffn", "ffn_activation", "router", "dispatch",
+    "experts", "expert_activation", "shared_expert", "layer_input",
+]  # fmt: skip
+
+# The same things by the names of Megatron's `--recompute-modules` and MaxText's remat settings.
+REMAT_ALIASES: dict[str, tuple[str, ...]] = {
+    "core_attn": ("core_attention",),
+    "layernorm": ("norms",),
+    "mlp": ("ffn", "ffn_activation"),
+    "moe_act": ("expert_activation",),
+    "moe": ("router", "dispatch", "experts", "expert_activation"),
+    "shared_experts": ("shared_expert",),
+    "decoder_layer_input": ("layer_input",),
+    "context": ("core_attention",),
+    "qkv_proj": ("qkv",),
+    "query_proj": ("qkv",),
+    "key_proj": ("qkv",),
+    "value_proj": ("qkv",),
+    "out_proj": ("attention_output",),
+    "mlpwi": ("ffn",),
+    "mlpwi_0": ("ffn",),
+    "mlpwi_1": ("ffn",),
+    "mlpwo": ("ffn",),
+    "moe_mlpwi_0": ("experts",),
+    "moe_mlpwi_1": ("experts",),
+    "moe_mlpwo": ("experts",),
+}
+
+
+class Placement(Section):
+    """Order of the mesh axes over the devices, the one with neighbours in the fastest network first."""
+
+    order: tuple[Axis, ...] = ("tensor", "context", "data", "pipeline")
+
+    @model_validator(mode="after")
+    def _complete(self) -> Placement:
+        if sorted(self.order) != ["context", "data", "pipeline", "tensor"]:
+            raise ValueError("order needs each of tensor, context, data, pipeline once")
+        return self
+
+
+class Plan(Section):
+    """How the job is split. Degrees count JAX devices; `data` defaults to what the other degrees leave.
+
+    `shard` is ZeRO 1, 2, 3: what is split over the data ranks (`shard_degree` of them; default all).
+    `stages` gives decoder layers per (virtual) stage, or a layout text such as `Et*3|(tt|)*29mL` (E embedding, t layer,
+    m MTP module, L logits and loss); default as even as possible, embedding first, logits last.
+    """
+
+    data: Count | None = None
+    tensor: Count = 1
+    context: Count = 1
+    pipeline: Count = 1
+    expert: Count = 1
+    expert_tensor: Count = 1
+    sequence_parallel: bool = False
+    shard: Literal["none", "optimizer", "gradients", "parameters"] = "none"
+    shard_degree: Count | None = None
+    microbatch_sequences: Count | None = None
+    schedule: Schedule = "1f1b"
+    virtual_stages: Count = 1
+    stages: tuple[CountOrZero, ...] | str | None = None
+    placement: Placement = Placement()
+
+
+class Lengths(Section):
+    """Sequence lengths of an encoder-decoder, in tokens."""
+
+    encoder: Count
+    decoder: Count
+
+
+class Batch(Section):
+    """The global batch: sequences a step, tokens a sequence; `document_length` is the mean when packed."""
+
+    sequences: Count
+    length: Count | Lengths
+    document_length: Count | None = None
+
+    @property
+    def encoder_length(self) -> int:
+        """Tokens of the encoder; 0 without one."""
+        return self.length.encoder if isinstance(self.length, Lengths) else 0
+
+    @property
+    def decoder_length(self) -> int:
+        """Tokens of the decoder."""
+        return self.length.decoder if isinstance(self.length, Lengths) else self.length
+
+
+class Capacity(Section):
+    """Slots per expert: factor x N (basis tokens) or factor x k x N (basis assignments), over E, per group of N tokens.
+
+    JOB.md, section 3: mesh-tf, flaxformer, GShard and axlearn multiply tokens; Megatron, MaxText and V-MoE assignments.
+    """
+
+    factor: Positive
+    eval_factor: Positive | None = None
+    basis: Literal["tokens", "assignments"]
+    group_tokens: Count | None = None
+    rounding: Literal["floor", "ceil", "round"] = "floor"
+    minimum: Count = 4
+
+
+class Dispatch(Section):
+    """How tokens reach their experts: memory layout, and what carries them between devices."""
+
+    layout: Literal["one_hot", "slots", "ragged"] | None = None
+    transport: Literal["collective", "deepep", "hybridep", "fused"] = "collective"
+
+
+class Routing(Section):
+    """Model of the load on experts: even, by chance, Zipf (exponent), Dirichlet (concentration), or replayed."""
+
+    model: Literal["even", "chance", "zipf", "dirichlet", "replay"] = "chance"
+    exponent: Positive | None = None
+    concentration: Positive | None = None
+    file: str | None = None
+
+    @model_validator(mode="after")
+    def _complete(self) -> Routing:
+        for model, name in (("zipf", "exponent"), ("dirichlet", "concentration"), ("replay", "file")):
+            if (self.model == model) != (getattr(self, name) is not None):
+                raise ValueError(f"{name} goes with model {model}, and only with it")
+        return self
+
+
+class RematPolicy(Section):
+    """Which forward results the backward pass finds saved, makes again, or fetches from host memory.
+
+    `save` alone means only these; `recompute` or `offload` mean everything else is saved.
+    """
+
+    save: tuple[RematName, ...] = ()
+    recompute: tuple[RematName, ...] = ()
+    offload: tuple[RematName, ...] = ()
+
+    @field_validator("save", "recompute", "offload", mode="before")
+    @classmethod
+    def _own_names(cls, value: Any) -> Any:
+        if not isinstance(value, (list, tuple)):
+            return value
+        out: dict[Any, None] = {}
+        for name in value:
+            known = REMAT_ALIASES.get(name, (name,)) if isinstance(name, str) else (name,)
+            out.update(dict.fromkeys(known))
+        return tuple(out)
+
+    @model_validator(mode="after")
+    def _disjoint(self) -> RematPolicy:
+        names = [*self.save, *self.recompute, *self.offload]
+        twice = sorted({n for n in names if names.count(n) > 1})
+        if twice:
+            raise ValueError(f"{twice[0]} is named twice")
+        if self.save and self.recompute:
+            raise ValueError("save (only these) and recompute (all but these) exclude each other")
+        return self
+
+
+class Dtypes(Section):
+    """Number formats of what stays in memory; None follows the stack (docs/model.md, memory)."""
+
+    parameters: Dtype | None = None
+    master: Dtype | None = None
+    gradients: Dtype | None = None
+    gradient_reduction: Dtype | None = None
+    first_moment: Dtype | None = None
+    second_moment: Dtype | None = None
+
+
+class Training(Section):
+    """Choices of the training run that change its cost."""
+
+    precision: Precision = "bf16"
+    optimizer: Literal["adamw", "adam", "adafactor", "sgd"] = "adamw"
+    remat: Literal["none", "full", "selective"] | RematPolicy = "none"
+    capacity: Capacity | Literal["dropless"] = "dropless"
+    dispatch: Dispatch = Dispatch()
+    routing: Routing = Routing()
+    dtypes: Dtypes = Dtypes()
+
+
+class Overlap(Section):
+    """Which communication runs beside compute."""
+
+    all_to_all: bool = False
+    gradients: bool = True
+    parameters: bool = True
+
+
+class Software(Section):
+    """The software that is assumed: its habits (attention kernels, number formats, recompute) change the cost."""
+
+    stack: Stack = "generic"
+    release: str | None = None
+    graphs: bool | None = None
+    overlap: Overlap = Overlap()
+
+
+class Job(Section):
+    """One question. `cluster` keeps what was asked; `hw_profiles.resolve_cluster` turns it into devices and links."""
+
+    name: str = "job"
+    model: Model
+    cluster: str | dict[str, Any]
+    plan: Plan = Plan()
+    batch: Batch
+    training: Training = Training()
+    software: Software = Software()
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of the canonical resolved job, without its name and the texts beside the model's dimensions."""
+        data = self.model_dump(mode="json", exclude={"name": True, "model": {"notes", "source", "published", "name"}})
+        return hashlib.sha256(json.dumps(data, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Trained positions of encoder and decoder in the global batch."""
+        return self.batch.sequences * (self.batch.encoder_length + self.batch.decoder_length)

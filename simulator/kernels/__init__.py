@@ -1,0 +1,1 @@
+"""How long one op takes alone on one chip."""

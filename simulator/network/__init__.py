@@ -1,0 +1,1 @@
+"""How long communication takes: groups of devices on a network, collective algorithms."""

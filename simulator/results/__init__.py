@@ -1,0 +1,1 @@
+"""The plain records that leave the simulator; no computation."""

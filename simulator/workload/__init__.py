@@ -1,0 +1,1 @@
+"""What must be computed and kept: parameters, ops, collectives, memory, routing load."""

@@ -1,0 +1,230 @@
+"""Memory of one device of each pipeline stage, part by part, at its fullest instant.
+
+Two kinds of program are modelled, because they really differ (docs/model.md, memory):
+
+- XLA: fp32 weights in shards; copies in the compute format of all local weights, made once outside the layer scan;
+  gradient stacks; what the backward pass of one layer has alive; or the logits, whichever instant is fuller. The terms
+  were read off XLA:TPU's memory-usage reports of MaxText programs (benchmarks/maxtext_compiled.py compares).
+- Torch (Megatron-LM and alike): resident 16-bit weights, an fp32 master copy and moments (sharded with ZeRO 1 and up),
+  fp32 gradient buffers, activations of the microbatches in flight, logits in 16 and 32 bits on the last stage.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from simulator.job.job import Job
+from simulator.job.rules import Degrees
+from simulator.numbers import Number, maximum, minimum
+from simulator.results.forecast import StageMemory
+from simulator.workload.habits import Habits
+from simulator.workload.ops import Op
+from simulator.workload.schedules import in_flight
+from simulator.workload.stages import Piece, Workload, offload_names, recompute_names
+
+
+@dataclass(frozen=True, slots=True)
+class Shards:
+    """Over how many devices each kind of state is split, beyond tensor, expert and pipeline degrees."""
+
+    dense: int
+    expert: int
+
+    @staticmethod
+    def of(degrees: Degrees) -> Shards:
+        """Dense states over the shard degree; experts over all their replicas, or fewer with a smaller degree."""
+        whole = degrees.shard == degrees.data * degrees.context and degrees.shard > 1
+        return Shards(degrees.shard, degrees.expert_data if whole else min(degrees.shard, degrees.expert_data))
+
+
+def is_recomputed(op: Op, names: set[str] | None) -> bool:
+    """Whether the policy makes the result of `op` again; None names everything."""
+    return names is None or op.remat in names
+
+
+def saved_bytes(piece: Piece, names: set[str] | None, offload: set[str]) -> Number:
+    """Bytes of a piece that wait on the device for its backward pass, one microbatch."""
+    if not piece.is_layer:
+        return sum(op.saved_bytes for op in piece.work.ops)
+    kept = piece.work.boundary_bytes
+    for op in piece.work.ops:
+        if not is_recomputed(op, names) and op.remat not in offload:
+            kept = kept + op.saved_bytes
+    return kept
+
+
+def offloaded_bytes(piece: Piece, offload: set[str]) -> Number:
+    """Bytes of a piece that wait in host memory, one microbatch."""
+    out = sum(op.saved_bytes for op in piece.work.ops if op.remat in offload)
+    return out + (piece.work.boundary_bytes if "layer_input" in offload and piece.is_layer else 0.0)
+
+
+def optimizer_bytes(habits: Habits, dense: Number, expert: Number, hidden: int, shards: Shards) -> Number:
+    """Master copy and moments of `dense` and `expert` parameters of a device, after sharding.
+
+    Adafactor (arXiv:1804.04235) keeps row and column sums instead of the second moment: about 2/D of it.
+    """
+    second = habits.second_moment_bytes * (2 / hidden if habits.factored_second_moment else 1)
+    each = habits.master_bytes + habits.first_moment_bytes + second
+    return each * (dense / shards.dense + expert / shards.expert)
+
+
+def ragged_buffer_factor(job: Job, degrees: Degrees, habits: Habits, experts: int, top_k: int) -> float:
+    """Rows that XLA sets aside for a ragged dispatch over the balanced count: the worst case min(EP, E/k).
+
+    Static shapes have to hold every token on one rank (MaxText without a buffer factor; facts/aot.md). Torch allocates
+    what arrived.
+    """
+    if degrees.layout != "ragged" or not habits.xla or degrees.expert == 1 or job.training.capacity != "dropless":
+        return 1.0
+    return float(min(degrees.expert, experts / top_k))
+
+
+def _layer_workspace(piece: Piece, names: set[str] | None, habits: Habits, buffers: float) -> Number:
+    """Alive during one layer's backward pass beyond what was saved: recomputed results and the gradients in hand."""
+    remade: Number = 0.0
+    widest: Number = 0.0
+    for op in piece.work.ops:
+        size = op.saved_bytes * (buffers if op.hot or op.remat == "dispatch" else 1.0)
+        if is_recomputed(op, names):
+            remade = remade + size
+        elif op.hot:
+            remade = remade + size - op.saved_bytes
+        if op.kind == "matmul" and op.remat != "router":
+            # The gradient of the activation between the two products of a network has the size of the second's input.
+            widest = maximum(
+                widest, op.rows * op.groups * op.depth * habits.activation_bytes * (buffers if op.hot else 1.0)
+            )
+    # Three of the stream's size: the gradient that arrives, the one that leaves, and the branch's own before the sum.
+    return remade + widest + 3 * piece.work.boundary_bytes
+
+
+def _gathered_bytes(
+    job: Job, habits: Habits, pieces: list[tuple[Piece, int]], shards: Shards, degrees: Degrees
+) -> Number:
+    """Compute-format copies of weights: XLA's local copies of all, and the layers gathered from other shards.
+
+    XLA holds one whole layer and the gradient of its largest matrix; torch FSDP prefetches a second layer.
+    """
+    full = job.plan.shard == "parameters"
+    copies: Number = 0.0
+    layer: Number = 0.0
+    for piece, count in pieces:
+        here = piece.dense_parameters / (shards.dense if full else 1) + piece.expert_parameters / (
+            shards.expert if full else 1
+        )
+        if habits.xla and habits.parameter_bytes > habits.gather_bytes and piece.is_layer:
+            copies = copies + here * count * habits.gather_bytes
+        if full and piece.is_layer and (shards.dense > 1 or shards.expert > 1):
+            whole = (piece.dense_parameters + piece.expert_parameters) * habits.gather_bytes
+            largest = piece.largest_matrix * habits.gather_bytes
+            layer = maximum(layer, whole + largest if habits.xla else 2 * whole)
+    return copies + layer
+
+
+def stage_memory(
+    job: Job, degrees: Degrees, habits: Habits, workload: Workload, stage: int, reserve: float
+) -> StageMemory:
+    """Memory of one device of `stage`, bytes by part; the parts add up to the peak."""
+    counts = workload.counts[stage]
+    pieces = [(p, n) for p, n in zip(workload.pieces, counts, strict=True) if n]
+    dual = job.plan.schedule == "dualpipe" and degrees.pipeline > 1
+    if dual:
+        # DualPipe feeds the pipeline from both ends: a device also holds the mirrored stage (arXiv:2412.19437, 3.2.1).
+        mirror = workload.counts[degrees.pipeline - 1 - stage]
+        pieces += [(p, n) for p, n in zip(workload.pieces, mirror, strict=True) if n]
+    names, offload = recompute_names(job), offload_names(job)
+    shards, zero = Shards.of(degrees), job.plan.shard
+    dense = sum(p.dense_parameters * n for p, n in pieces)
+    expert = sum(p.expert_parameters * n for p, n in pieces)
+    none = Shards(1, 1)
+
+    def state(width: float, split: bool) -> Number:
+        s = shards if split else none
+        return width * (dense / s.dense + expert / s.expert)
+
+    layers = [(p, n) for p, n in pieces if p.is_layer]
+    flight = in_flight(job.plan.schedule, stage, degrees.pipeline, degrees.microbatches, job.plan.virtual_stages)
+    kept = sum(saved_bytes(p, names, offload) * n for p, n in layers)
+    ends = sum(saved_bytes(p, names, offload) * n for p, n in pieces if not p.is_layer)
+    # Under DualPipe both directions share the P + 1 microbatches in flight; `kept` already counts both stages.
+    activations = kept * flight / (2 if dual else 1) + ends
+    gathered = _gathered_bytes(job, habits, pieces, shards, degrees)
+    gradients = state(habits.gradient_bytes, zero in ("gradients", "parameters"))
+    layer_space: Number = 0.0
+    for p, _ in layers:
+        moe = job.model.moes[0] if job.model.moes else None
+        factor = (
+            ragged_buffer_factor(job, degrees, habits, moe.experts, moe.top_k)
+            if moe and p.slots is None and p.routed_tokens
+            else 1.0
+        )
+        layer_space = maximum(layer_space, _layer_workspace(p, names, habits, factor))
+    head = _head_workspace(pieces, habits)
+    if habits.xla:
+        # At the logits no layer weights are gathered and no gradients exist yet; the fuller instant counts.
+        early = head - (gradients if degrees.microbatches == 1 else 0.0)
+        workspace = maximum(layer_space, early)
+    else:
+        workspace = maximum(layer_space, head)
+    boundary = max((p.work.boundary_bytes for p, _ in layers), default=0.0)
+    full_stream = boundary * (degrees.tensor if job.plan.sequence_parallel else 1)
+    buffers = (2 * boundary if degrees.pipeline > 1 else 0.0) + (full_stream if job.plan.sequence_parallel else 0.0)
+    return StageMemory(
+        stage=stage,
+        layers=sum(n for p, n in layers),
+        microbatches_in_flight=round(flight),
+        parameters_bytes=state(habits.parameter_bytes, zero == "parameters"),
+        gradients_bytes=gradients,
+        optimizer_bytes=optimizer_bytes(habits, dense, expert, job.model.hidden, shards if zero != "none" else none),
+        activations_bytes=activations,
+        dispatch_bytes=max((p.work.dispatch_buffer_bytes for p, _ in layers), default=0.0)
+        if degrees.expert > 1 or not habits.xla
+        else 0.0,
+        gathered_weights_bytes=gathered,
+        collective_buffers_bytes=buffers,
+        workspace_bytes=workspace,
+        reserve_bytes=reserve,
+    )
+
+
+def _head_workspace(pieces: list[tuple[Piece, int]], habits: Habits) -> Number:
+    """Logits and their gradient: two 16-bit copies under XLA (fp32 ones never exist there), 16 and 32 bits in torch."""
+    out: Number = 0.0
+    for piece, _ in pieces:
+        for op in piece.work.ops:
+            if op.remat == "logits" and op.kind == "matmul":
+                elements = op.rows * op.columns
+                each = 2 * habits.activation_bytes if habits.xla else habits.activation_bytes + 4
+                out = maximum(out, elements * each)
+    return out
+
+
+def argument_bytes(job: Job, degrees: Degrees, habits: Habits, workload: Workload, stage: int = 0) -> Number:
+    """Bytes of a train step's arguments on a device: weights, optimiser state, the batch (int32 tokens).
+
+    MaxText passes inputs, targets, positions and segment ids of both: six int32 arrays of its sequences.
+    """
+    pieces = [(p, n) for p, n in zip(workload.pieces, workload.counts[stage], strict=True) if n]
+    shards, zero = Shards.of(degrees), job.plan.shard
+    dense = sum(p.dense_parameters * n for p, n in pieces)
+    expert = sum(p.expert_parameters * n for p, n in pieces)
+    s = shards if zero == "parameters" else Shards(1, 1)
+    parameters = habits.parameter_bytes * (dense / s.dense + expert / s.expert)
+    states = optimizer_bytes(habits, dense, expert, job.model.hidden, shards if zero != "none" else Shards(1, 1))
+    tokens = (
+        (job.batch.encoder_length + job.batch.decoder_length) * job.batch.sequences / degrees.data / degrees.context
+    )
+    return parameters + states + 6 * 4 * tokens
+
+
+__all__ = [
+    "Shards",
+    "argument_bytes",
+    "is_recomputed",
+    "minimum",
+    "offloaded_bytes",
+    "optimizer_bytes",
+    "saved_bytes",
+    "stage_memory",
+]
