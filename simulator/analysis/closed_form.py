@@ -136,7 +136,7 @@ class _Stage:
         """Exposed seconds of gathering a piece's sharded weights, forward and backward, one microbatch."""
         if self.job.plan.shard != "parameters" or (self.shards.dense == 1 and self.shards.expert == 1):
             return 0.0, 0.0
-        overlap, name = self.job.software.overlap.parameters, t.piece.name
+        overlap, name = self.job.software.overlap.parameters, t.piece.name.partition("[")[0]
         if name == "embedding":
             # A table split over D is looked up in place; the result is exchanged, not the table.
             return 0.0, 0.0

@@ -16,7 +16,7 @@ from simulator.kernels.roofline import Kernels
 from simulator.results.forecast import AllToAll, Collective, Flops, Forecast, JobSummary, Memory, OpRow, Routing
 from simulator.workload.conventions import full_attention_extra, kaplan_forward_per_sequence
 from simulator.workload.habits import Habits, habits_of
-from simulator.workload.memory import argument_bytes, stage_memory
+from simulator.workload.memory import argument_bytes, stage_memories
 from simulator.workload.parameters import count_parameters
 from simulator.workload.stages import Workload, build_workload, offload_names
 
@@ -89,7 +89,7 @@ def _flops(job: Job, degrees: Degrees, result: ClosedForm) -> Flops:
 def _memory(job: Job, cluster: Cluster, degrees: Degrees, habits: Habits, workload: Workload) -> Memory:
     chip = cluster.chip
     reserve = chip.framework_reserve_gib.value * GIB / chip.devices_per_chip
-    stages = tuple(stage_memory(job, degrees, habits, workload, s, reserve) for s in range(degrees.pipeline))
+    stages = stage_memories(job, degrees, habits, workload, reserve)
     meaning = (
         "total of XLA's memory-usage report, plus the framework reserve of the profile"
         if habits.xla

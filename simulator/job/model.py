@@ -9,6 +9,7 @@ Letters: D hidden, F ffn hidden, E experts, K choices, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cached_property
 from typing import Annotated, Literal
 
@@ -234,6 +235,15 @@ class Stack(Section):
                 )
             out.append(kinds[key])
         return tuple(out)
+
+
+def count_kinds(layers: Iterable[Layer]) -> list[tuple[Layer, int]]:
+    """The different layers among `layers`, in order of first appearance, with how often each occurs."""
+    found: dict[int, tuple[Layer, int]] = {}
+    for layer in layers:
+        kind, count = found.get(id(layer), (layer, 0))
+        found[id(layer)] = (kind, count + 1)
+    return list(found.values())
 
 
 class Published(Section):

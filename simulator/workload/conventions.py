@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from simulator.job.job import Batch
-from simulator.job.model import Attention, Layer, Model
+from simulator.job.model import Attention, Layer, Model, count_kinds
 from simulator.workload.attention import mean_keys
 from simulator.workload.parameters import layer_parameters
 
@@ -24,12 +24,12 @@ def _attention_forward(model: Model, batch: Batch, *, halved: bool) -> float:
         ((*model.decoder_layers, *mtp), decoder),
     )
     for layers, length in stacks:
-        for layer in layers:
+        for layer, n in count_kinds(layers):
             if layer.attention is None:
                 continue
-            total += score_flops(layer.attention, length, length, layer.causal, halved=halved)
+            total += n * score_flops(layer.attention, length, length, layer.causal, halved=halved)
             if layer.cross_attention:
-                total += score_flops(layer.attention, length, encoder, False, halved=halved)
+                total += n * score_flops(layer.attention, length, encoder, False, halved=halved)
     return total
 
 
@@ -39,7 +39,7 @@ def full_attention_extra(model: Model, batch: Batch) -> float:
 
 
 def kaplan_forward_per_sequence(model: Model, batch: Batch) -> float:
-    """Forward FLOPs of a sequence: 2 x active layer parameters x tokens of their stack, and scores; no logits or router.
+    """Forward FLOPs of a sequence: 2 x active layer parameters x tokens, and scores, without logits and router.
 
     Kaplan et al. 2020 (arXiv:2001.08361), as the Switch Transformer's footnote 7 counts: keys and values of
     cross-attention are taken at the decoder's length, where the truth is the encoder's.
@@ -47,6 +47,6 @@ def kaplan_forward_per_sequence(model: Model, batch: Batch) -> float:
     encoder, decoder = batch.encoder_length, batch.decoder_length
     weights = 0.0
     for layers, length in ((model.encoder_layers, encoder), (model.decoder_layers, decoder)):
-        counts = [layer_parameters(layer, model) for layer in layers]
-        weights += sum(p.active - p.active_router for p in counts) * length
+        counts = [(layer_parameters(layer, model), n) for layer, n in count_kinds(layers)]
+        weights += sum((p.active - p.active_router) * n for p, n in counts) * length
     return 2 * weights + _attention_forward(model, batch, halved=True)

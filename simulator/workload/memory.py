@@ -11,11 +11,11 @@ Two kinds of program are modelled, because they really differ (docs/model.md, me
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from simulator.job.job import Job
 from simulator.job.rules import Degrees
-from simulator.numbers import Number, maximum, minimum
+from simulator.numbers import Number, maximum
 from simulator.results.forecast import StageMemory
 from simulator.workload.habits import Habits
 from simulator.workload.ops import Op
@@ -188,6 +188,22 @@ def stage_memory(
     )
 
 
+def stage_memories(
+    job: Job, degrees: Degrees, habits: Habits, workload: Workload, reserve: float
+) -> tuple[StageMemory, ...]:
+    """Memory of every stage; stages with the same pieces and microbatches in flight are worked out once."""
+    known: dict[tuple[object, ...], StageMemory] = {}
+    out = []
+    for stage in range(degrees.pipeline):
+        flight = in_flight(job.plan.schedule, stage, degrees.pipeline, degrees.microbatches, job.plan.virtual_stages)
+        mirror = workload.counts[degrees.pipeline - 1 - stage] if job.plan.schedule == "dualpipe" else ()
+        key = (tuple(workload.counts[stage]), tuple(mirror), flight)
+        if key not in known:
+            known[key] = stage_memory(job, degrees, habits, workload, stage, reserve)
+        out.append(replace(known[key], stage=stage))
+    return tuple(out)
+
+
 def _head_workspace(pieces: list[tuple[Piece, int]], habits: Habits) -> Number:
     """Logits and their gradient: two 16-bit copies under XLA (fp32 ones never exist there), 16 and 32 bits in torch."""
     out: Number = 0.0
@@ -216,15 +232,3 @@ def argument_bytes(job: Job, degrees: Degrees, habits: Habits, workload: Workloa
         (job.batch.encoder_length + job.batch.decoder_length) * job.batch.sequences / degrees.data / degrees.context
     )
     return parameters + states + 6 * 4 * tokens
-
-
-__all__ = [
-    "Shards",
-    "argument_bytes",
-    "is_recomputed",
-    "minimum",
-    "offloaded_bytes",
-    "optimizer_bytes",
-    "saved_bytes",
-    "stage_memory",
-]

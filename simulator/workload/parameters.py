@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from simulator.job.model import Attention, Ffn, Layer, Lstm, Model, Moe
+from simulator.job.model import Attention, Ffn, Layer, Lstm, Model, Moe, count_kinds
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,9 +168,9 @@ def count_parameters(model: Model) -> ParameterCount:
         embedding += model.position_count * d
     total = active = routed = 0
     mtp = model.decoder_layers[-1:] * model.mtp_layers
-    for layer in (*model.encoder_layers, *model.decoder_layers, *mtp):
+    for layer, n in count_kinds((*model.encoder_layers, *model.decoder_layers, *mtp)):
         p = layer_parameters(layer, model)
-        total, active, routed = total + p.total, active + p.active, routed + p.routed
+        total, active, routed = total + n * p.total, active + n * p.active, routed + n * p.routed
     if model.positions == "relative_bias":
         # T5 shares one table of buckets x heads between the layers of a stack.
         for stack in (model.encoder, model.decoder):
