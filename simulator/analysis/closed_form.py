@@ -331,7 +331,9 @@ def closed_form(
     # Reductions that the pipeline's slack hides are not exposed after all: the parts may not exceed the step.
     excess = maximum(busy - step, 0.0)
     other = other - excess
-    return ClosedForm(step, Parts(compute, a2a, other, host, imbalance, maximum(step - busy, 0.0)), stages, times)
+    # One stage waits for nobody: what is left there is rounding.
+    bubble = maximum(step - busy, 0.0) if degrees.pipeline > 1 else 0.0
+    return ClosedForm(step, Parts(compute, a2a, other, host, imbalance, bubble), stages, times)
 
 
 def _hop(timer: Timer, degrees: Degrees, workload: Workload) -> Number:

@@ -60,7 +60,7 @@ class Placement(Section):
     @model_validator(mode="after")
     def _complete(self) -> Placement:
         if sorted(self.order) != ["context", "data", "pipeline", "tensor"]:
-            raise ValueError("order needs each of tensor, context, data, pipeline once")
+            raise ValueError(f"order = {', '.join(self.order)}: needs each of tensor, context, data, pipeline once")
         return self
 
 
@@ -145,8 +145,11 @@ class Routing(Section):
     @model_validator(mode="after")
     def _complete(self) -> Routing:
         for model, name in (("zipf", "exponent"), ("dirichlet", "concentration"), ("replay", "file")):
-            if (self.model == model) != (getattr(self, name) is not None):
-                raise ValueError(f"{name} goes with model {model}, and only with it")
+            value = getattr(self, name)
+            if self.model == model and value is None:
+                raise ValueError(f"model {model} needs {name}")
+            if self.model != model and value is not None:
+                raise ValueError(f"{name} = {value}: goes with model {model}, not {self.model}")
         return self
 
 
@@ -183,7 +186,11 @@ class RematPolicy(Section):
 
 
 class Dtypes(Section):
-    """Number formats of what stays in memory; None follows the stack (docs/model.md, memory)."""
+    """Number formats of what stays in memory; None follows the stack (docs/model.md, memory).
+
+    `saved_activations` is the format in which attention results and the inputs of the activation function wait for the
+    backward pass (DeepSeek-V3 keeps them in 8 and 12 bits, arXiv:2412.19437, section 3.3.3).
+    """
 
     parameters: Dtype | None = None
     master: Dtype | None = None
@@ -191,6 +198,7 @@ class Dtypes(Section):
     gradient_reduction: Dtype | None = None
     first_moment: Dtype | None = None
     second_moment: Dtype | None = None
+    saved_activations: Dtype | None = None
 
 
 class Training(Section):

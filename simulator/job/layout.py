@@ -59,20 +59,23 @@ def lay_out(stages: tuple[int, ...] | str | None, layers: int, mtp: int, parts: 
     if isinstance(stages, str):
         texts = _expand(stages).split("|")
         if len(texts) != parts:
-            raise QuestionError(f"plan.stages = {stages!r}: {len(texts)} parts; pipeline x virtual_stages is {parts}")
+            raise QuestionError(
+                f"plan.stages = {stages!r:.60}: {len(texts)} parts; pipeline x virtual_stages is {parts}"
+            )
         counts = [t.count("t") for t in texts]
         if "".join(texts) != "E" + "t" * layers + "m" * mtp + "L":
             raise QuestionError(
-                f"plan.stages = {stages!r}: has {sum(counts)} layers t and {''.join(texts).count('m')} m;"
+                f"plan.stages = {stages!r:.60}: has {sum(counts)} layers t and {''.join(texts).count('m')} m;"
                 f" the model needs E, {layers} t, {mtp} m, L in that order"
             )
         ends = [("E" in t, "L" in t, t.count("m")) for t in texts]
     else:
         counts = list(stages) if stages is not None else even_split(layers, parts)
+        start = f"plan.stages = {counts!s:.60}"
         if len(counts) != parts:
-            raise QuestionError(f"plan.stages: {len(counts)} entries; pipeline x virtual_stages is {parts}")
+            raise QuestionError(f"{start}: {len(counts)} entries; pipeline x virtual_stages is {parts}")
         if sum(counts) != layers:
-            raise QuestionError(f"plan.stages: {sum(counts)} layers in all; the model has {layers}")
+            raise QuestionError(f"{start}: {sum(counts)} layers in all; the model has {layers}")
         ends = [(i == 0, i == parts - 1, mtp if i == parts - 1 else 0) for i in range(parts)]
     chunks, first = [], 0
     for count, (embedding, logits, modules) in zip(counts, ends, strict=True):

@@ -9,36 +9,43 @@ from typing import Any
 
 from hw_profiles.errors import QuestionError
 from hw_profiles.validation import validate
-from hw_profiles.yaml_reader import MAX_BYTES, find_not_finite, parse_yaml, read_yaml
+from hw_profiles.yaml_reader import find_not_finite, parse_yaml, read_text, read_yaml
 from simulator.job.job import Job
 from simulator.job.model import Model
 from simulator.job.presets import load_preset
 
 
 def _inside(folder: Path, name: str) -> Path:
-    """`name` under `folder`; QuestionError where it leaves it."""
-    path = (folder / name).resolve()
-    if not path.is_relative_to(folder.resolve()):
-        raise QuestionError(f"model = {name!r}: a model file must lie in the job's folder")
-    return path
+    """`name` under `folder`; QuestionError where it leaves it, or is no path at all."""
+    try:
+        if (folder / name).resolve().is_relative_to(folder.resolve()):
+            return folder / name
+        rule = "a model file must lie in the job's folder"
+    except (OSError, RuntimeError, ValueError):
+        rule = "not a path: it has a loop, a NUL character or a name too long"
+    raise QuestionError(f"model = {name!r:.60}: {rule}")
 
 
 def _read_model_file(path: Path) -> Model:
     from simulator.job.huggingface import is_huggingface, model_from_huggingface
 
     if path.suffix == ".json":
-        if path.is_file() and path.stat().st_size > MAX_BYTES:
-            raise QuestionError(f"{path}: {path.stat().st_size} bytes; a model file has at most {MAX_BYTES}")
         try:
-            data = json.loads(path.read_bytes().decode("utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "not JSON"
-            raise QuestionError(f"{path}: {reason}") from None
+            data = json.loads(read_text(path))
+        except QuestionError:
+            raise
+        except (ValueError, RecursionError) as error:
+            line = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+            raise QuestionError(f"{path}{line}: not JSON") from None
     else:
         data = read_yaml(path)
-    if isinstance(data, dict) and is_huggingface(data):
-        return model_from_huggingface(data, path.parent.name if path.stem == "config" else path.stem)
-    return validate(Model, data, str(path))
+    if not isinstance(data, dict) or not is_huggingface(data):
+        return validate(Model, data, str(path))
+    name = path.resolve().parent.name if path.stem == "config" else path.stem
+    try:
+        return model_from_huggingface(data, name)
+    except QuestionError as error:
+        raise QuestionError(f"{path}{str(error).removeprefix(name)}") from None
 
 
 def _model_mapping(value: Any, folder: Path) -> Any:
@@ -52,7 +59,10 @@ def _model_mapping(value: Any, folder: Path) -> Any:
         return merge(base, {k: v for k, v in value.items() if k != "preset"})
     if isinstance(value, dict):
         return {"name": "inline"} | value
-    return value
+    if isinstance(value, Model):
+        return value
+    kinds = "a preset's name, a model file in the job's folder, or a mapping of keys"
+    raise QuestionError(f"model = {'null' if value is None else repr(value)[:60]}: must be {kinds}")
 
 
 def merge(base: dict[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:

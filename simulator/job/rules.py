@@ -11,6 +11,10 @@ from simulator.job.layout import Chunk, lay_out
 from simulator.job.model import Moe
 
 
+# Far beyond any model, and few enough that loops over layers or experts end while somebody waits.
+MOST_LAYERS, MOST_EXPERTS = 10_000, 1_000_000
+
+
 @dataclass(frozen=True, slots=True)
 class Degrees:
     """The plan with every default filled in. All counts are JAX devices, sequences or microbatches."""
@@ -70,6 +74,8 @@ def _check_model(job: Job) -> None:
     p, model = job.plan, job.model
     stacks = [(n, s) for n, s in (("encoder", model.encoder), ("decoder", model.decoder)) if s is not None]
     for name, stack in stacks:
+        if stack.layers > MOST_LAYERS:
+            _fail(f"model.{name}.layers", stack.layers, f"must be at most {MOST_LAYERS:,}")
         layers = model.encoder_layers if name == "encoder" else model.decoder_layers
         for layer in dict.fromkeys(id(x) for x in layers):
             kind = next(x for x in layers if id(x) == layer)
@@ -101,6 +107,8 @@ def _check_model(job: Job) -> None:
 
 def _check_moe(job: Job, moe: Moe) -> None:
     p = job.plan
+    if moe.experts > MOST_EXPERTS:
+        _fail("model moe.experts", moe.experts, f"must be at most {MOST_EXPERTS:,}")
     if moe.experts % p.expert:
         _fail("plan.expert", p.expert, f"must divide the {moe.experts} experts of {job.model.name}")
     if moe.expert.hidden % p.expert_tensor:

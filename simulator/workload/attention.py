@@ -68,7 +68,7 @@ def core_attention(
     per_key = 2.0 * tokens * heads * (d_qk + d_v)
     width = habits.activation_bytes
     io = (tokens * heads * (d_qk + d_v) + sequences * keys * kv * (d_qk + d_v)) * width
-    saved = tokens * heads * d_v * width + 4 * tokens * heads
+    saved = tokens * heads * d_v * habits.saved_result_bytes + 4 * tokens * heads
     extra = 0.0
     if habits.attention == "dense":
         # S x S logits and probabilities: written and read once each way; the probabilities stay for the backward pass.

@@ -58,7 +58,7 @@ def ffn_ops(
         ops.append(op)
 
     inner = rows * groups * f
-    add("up", hidden, f * gate, inner * gate * width)
+    add("up", hidden, f * gate, inner * gate * habits.saved_result_bytes)
     for _ in range(ffn.depth - 1):
         add("hidden", f, f, inner * width)
     passes = gate + 1

@@ -45,6 +45,7 @@ class Habits:
     attention_dtype: str
     activation_bytes: int
     saved_input_bytes: int
+    saved_result_bytes: float
     weight_bytes: int
     weight_gradient_traffic: float
     quantises: bool
@@ -104,6 +105,7 @@ def habits_of(job: Job, chip_kind: str, *, accumulates: bool = False) -> Habits:
         attention_dtype="fp32" if precision == "fp32" else "bf16",
         activation_bytes=activation,
         saved_input_bytes=1 if eight_bit and not xla else activation,
+        saved_result_bytes=width(given.saved_activations, activation),
         weight_bytes=1 if eight_bit else activation,
         # A weight gradient is written once, or added to the sum of earlier microbatches: read and written in fp32.
         weight_gradient_traffic=8 if accumulates else 4,
