@@ -11,7 +11,7 @@ from typing import Any
 from hw_profiles.cluster import Cluster, Level, Torus
 from hw_profiles.cluster_spec import ClusterSpec, check_keys, is_rack_scale
 from hw_profiles.errors import QuestionError, nearest
-from hw_profiles.overrides import apply_overrides
+from hw_profiles.overrides import apply_overrides, quantities
 from hw_profiles.schema import Chip, Record
 from hw_profiles.slices import Slice, all_slices, find_slice, missing_slice, slice_by_name
 from hw_profiles.validation import validate
@@ -77,7 +77,33 @@ def load_chip(name: str) -> Chip:
 
 def load_chip_file(path: str | Path) -> Chip:
     """A profile from a file, shipped or the user's own; QuestionError if it is missing, too large or not valid."""
-    return validate(Chip, read_yaml(Path(path)), where=str(path))
+    chip = validate(Chip, read_yaml(Path(path)), where=str(path))
+    _check_numbers(chip, str(path))
+    return chip
+
+
+def _check_numbers(chip: Chip, where: str) -> None:
+    """QuestionError for a number that the schema allows and a forecast would divide by, or a share above one."""
+    up, tile = chip.scale_up, chip.efficiency.tile
+    for name, count in (
+        ("devices_per_chip", chip.devices_per_chip),
+        ("chips_per_host", chip.chips_per_host),
+        ("scale_up.links_per_chip", up.links_per_chip),
+        ("scale_up.chips_per_domain", 1 if up.chips_per_domain is None else up.chips_per_domain),
+        ("efficiency.tile.rows", tile.rows),
+        ("efficiency.tile.columns", tile.columns),
+        ("efficiency.tile.depth", tile.depth),
+    ):
+        if count < 1:
+            raise QuestionError(f"{where}: {name} = {count}: must be greater than 0")
+    for name, entries in (("peak_tflops", chip.peak_tflops), ("efficiency.matmul", chip.efficiency.matmul)):
+        if not entries:
+            raise QuestionError(f"{where}: {name} = {{}}: must have at least one number format")
+    try:
+        # The rules for a number that is changed hold for one that is written.
+        apply_overrides(chip, {path: number.value for path, number in quantities(chip)})
+    except QuestionError as error:
+        raise QuestionError(str(error).replace("cluster.chip.", f"{where}: ", 1)) from None
 
 
 @cache
@@ -102,7 +128,7 @@ def resolve_cluster(
     if isinstance(spec, str):
         name, description, parsed = _named(spec)
     else:
-        name, description, parsed = "", "", validate(ClusterSpec, _plain(spec), where="cluster")
+        name, description, parsed = "", "", validate(ClusterSpec, _plain(spec), "", "cluster")
     profile_name = canonical_chip_name(parsed.chip_name)
     chip = chip or load_chip(profile_name)
     changes = {**parsed.chip_changes, **(chip_overrides or {})}

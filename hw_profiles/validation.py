@@ -9,6 +9,27 @@ from pydantic import BaseModel, ValidationError
 from hw_profiles.errors import QuestionError, nearest
 
 M = TypeVar("M", bound=BaseModel)
+Problem = dict[str, Any]
+Path = tuple[str | int, ...]
+
+_UNKNOWN = ("extra_forbidden", "invalid_key")
+# What each kind of value is called, by the end or the whole of pydantic's name for the error.
+_KINDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "string": "text",
+    "tuple": "a list",
+    "list": "a list",
+    "finite": "a finite number",
+}
+_LIMITS = {
+    "greater_than": ("greater than", "gt"),
+    "greater_than_equal": ("at least", "ge"),
+    "less_than": ("less than", "lt"),
+    "less_than_equal": ("at most", "le"),
+}
+_NAMED_KEYS = 8
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
@@ -17,50 +38,106 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
     return [m for a in get_args(annotation) for m in _models_in(a)]
 
 
-def _siblings(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
-    """Field names allowed where `location` (without its last part) points."""
+def _keys_at(model: type[BaseModel], path: Path) -> list[str]:
+    """Field names allowed in the mapping at `path`."""
     models = [model]
-    for part in location[:-1]:
-        deeper = [m for x in models if part in x.model_fields for m in _models_in(x.model_fields[part].annotation)]
+    for part in path:
+        deeper = [m for x in models if part in x.model_fields for m in _models_in(x.model_fields[str(part)].annotation)]
         models = deeper or models
-    return sorted({name for m in models for name in m.model_fields})
+    return list(dict.fromkeys(name for m in models for name in m.model_fields))
 
 
 def _short(value: Any) -> str:
-    text = repr(value)
+    if value is None:
+        return "null"
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of more than 4,300 digits, or a list within itself
+        return "(too long to print)"
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def describe(error: ValidationError, model: type[BaseModel], where: str) -> str:
-    """One line for the first problem in `error`, and how many more there are."""
-    problems = error.errors(include_url=False)
-    # With unions pydantic reports each branch; an unknown key or a rule of ours says most.
-    first = next((p for p in problems if p["type"] in ("extra_forbidden", "value_error")), problems[0])
-    names = tuple(p for p in first["loc"] if not (isinstance(p, str) and (p.startswith("function-") or "[" in p)))
-    field = ".".join(str(p) for p in names) or "top level"
-    if first["type"] == "extra_forbidden":
-        known = _siblings(model, names)
-        rule = "unknown key" + (nearest(str(names[-1]), known) or f"; known: {', '.join(known)}")
-        text = f"{where}: {field}: {rule}"
-    elif first["type"] == "missing":
-        text = f"{where}: {field}: required, and missing"
-    elif first["type"] == "value_error":
-        rule = first["msg"].removeprefix("Value error, ")
-        text = f"{where}: {field}: {rule}"
+def _path(problem: Problem, data: Any) -> Path:
+    """Where `problem` is in `data`: its location without the names that pydantic gives to the branches of a union."""
+    out: list[str | int] = []
+    here = data
+    for part in problem["loc"]:
+        if isinstance(here, dict) and part in here:
+            here = here[part]
+        elif isinstance(here, (list, tuple)) and isinstance(part, int):
+            here = here[part] if part < len(here) else None
+        elif problem["type"] not in ("missing", *_UNKNOWN) or part != problem["loc"][-1]:
+            continue
+        out.append(part)
+    return tuple(out)
+
+
+def _rule(problem: Problem, keys: list[str]) -> str:
+    """What would be right: the words after `must be`."""
+    kind, context = problem["type"], problem.get("ctx", {})
+    if kind == "literal_error":
+        return str(context["expected"])
+    if kind in _LIMITS:
+        words, bound = _LIMITS[kind]
+        return f"{words} {context[bound]:,.12g}"
+    if kind == "dict_type":
+        return "a mapping of keys"
+    if kind in ("model_type", "model_attributes_type"):
+        return "a mapping of keys" + (f" ({', '.join(keys)})" if len(keys) <= _NAMED_KEYS else "")
+    if kind.partition("_")[0] in _KINDS and kind != "int_parsing_size":
+        return _KINDS[kind.partition("_")[0]]
+    return str(problem["msg"]).removeprefix("Input should be ")
+
+
+def _nearest_literal(problems: list[Problem]) -> str:
+    for p in problems:
+        if p["type"] == "literal_error" and isinstance(p["input"], str):
+            return nearest(p["input"], [w.strip("' ") for w in p["ctx"]["expected"].replace(" or ", ", ").split(",")])
+    return ""
+
+
+def _sentence(field: str, problems: list[Problem], keys: list[str]) -> str:
+    """`field = value: rule` from all `problems` of one field, which are the branches of a union."""
+    first = next((p for p in problems if p["type"] == "value_error"), problems[0])
+    if first["type"] == "missing":
+        return f"{field}: required, and missing"
+    if first["type"] == "value_error":
+        return f"{field}: {first['msg'].removeprefix('Value error, ')}"
+    limits = [p for p in problems if p["type"] in _LIMITS]
+    rules = dict.fromkeys(_rule(p, keys) for p in limits or problems)
+    return f"{field} = {_short(first['input'])}: must be {', or '.join(rules)}{_nearest_literal(problems)}"
+
+
+def describe(error: ValidationError, model: type[BaseModel], data: Any, under: str = "") -> str:
+    """One line for the first problem in `error`, and how many fields have more; `under` is the section of `data`."""
+    problems: list[tuple[Path, Problem]] = [(_path(p, data), p) for p in error.errors(include_url=False)]  # type: ignore[misc]
+    # Of a union pydantic reports each branch: the one that looked deeper into the value is the one that was meant.
+    paths = {path for path, _ in problems}
+    problems = [x for x in problems if not any(len(p) > len(x[0]) and p[: len(x[0])] == x[0] for p in paths)]
+    # An unknown key or a rule of ours says most.
+    first = min(problems, key=lambda x: (x[1]["type"] not in _UNKNOWN, x[1]["type"] != "value_error"))
+    path, problem = first
+    field = ".".join(str(part) for part in ((under, *path) if under else path)) or "top level"
+    if problem["type"] in _UNKNOWN or problem["loc"][-1] == "[key]":
+        known = _keys_at(model, path[:-1])
+        if problem["type"] == "literal_error":
+            known = [w.strip("' ") for w in problem["ctx"]["expected"].replace(" or ", ", ").split(",")]
+        text = f"{field}: unknown key{nearest(str(path[-1]), known) or '; known: ' + ', '.join(known)}"
     else:
-        rule = first["msg"][0].lower() + first["msg"][1:]
-        text = f"{where}: {field} = {_short(first['input'])}: {rule}"
-        expected = first.get("ctx", {}).get("expected")
-        if first["type"] == "literal_error" and isinstance(first["input"], str) and expected:
-            text += nearest(first["input"], [w.strip("' ") for w in expected.replace(" or ", ", ").split(",")])
-    return text if len(problems) == 1 else f"{text} (and {len(problems) - 1} more)"
+        text = _sentence(field, [p for other, p in problems if other == path], _keys_at(model, path))
+    more = len({p for p, _ in problems}) - 1
+    return f"{text} (and {more} more)" if more else text
 
 
-def validate(model: type[M], data: Any, where: str) -> M:
-    """`data` as an instance of `model`; QuestionError with one line beginning with `where` if it is not one."""
+def validate(model: type[M], data: Any, where: str, under: str = "") -> M:
+    """`data` as an instance of `model`; QuestionError with one line if it is not one.
+
+    The line begins with `where`, and names fields from the section `under` on.
+    """
+    start = f"{where}: " if where else ""
     if not isinstance(data, dict):
-        raise QuestionError(f"{where}: a mapping of keys is needed, not {_short(data)}")
+        raise QuestionError(f"{start}{under + ': ' if under else ''}a mapping of keys is needed, not {_short(data)}")
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        raise QuestionError(" ".join(describe(error, model, where).split())) from None
+        raise QuestionError(" ".join(f"{start}{describe(error, model, data, under)}".split())) from None

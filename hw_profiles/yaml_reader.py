@@ -6,6 +6,7 @@ Aliases are refused as a whole: a job or profile never needs them, and nested on
 from __future__ import annotations
 
 import math
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,12 @@ class _Loader(_Base):  # type: ignore[misc]
 
 _FLOAT = re.compile(r"^[-+]?(?:[0-9][0-9_]*)(?:\.[0-9_]*)?[eE][-+]?[0-9]+$")
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789"))
-# Dates stay text: a profile's `date: 2026-11` and `date: 2026-11-21` are both strings to us.
+# Dates stay text: a profile's `date: 2026-11` and `date: 2026-11-21` are both strings to us. So do `<<` and `=`, which
+# YAML 1.1 reads as instructions.
+_PREFIX = "tag:yaml.org,2002:"
+_TEXT = (f"{_PREFIX}timestamp", f"{_PREFIX}merge", f"{_PREFIX}value")
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, rx) for tag, rx in pairs if tag != "tag:yaml.org,2002:timestamp"]
+    first: [(tag, rx) for tag, rx in pairs if tag not in _TEXT]
     for first, pairs in _Loader.yaml_implicit_resolvers.items()
 }
 
@@ -60,9 +64,8 @@ def parse_yaml(text: str, where: str) -> Any:
             if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
                 raise QuestionError(f"{where}, line {line}: anchors and aliases are not allowed; write the value out")
             if getattr(event, "tag", None):
-                raise QuestionError(
-                    f"{where}, line {line}: tag {getattr(event, 'tag', '')!r} is not allowed; use plain values"
-                )
+                tag = str(getattr(event, "tag", "")).replace(_PREFIX, "!!")
+                raise QuestionError(f"{where}, line {line}: tag {tag:.60} is not allowed; use plain values")
             if isinstance(event, (yaml.MappingStartEvent, yaml.SequenceStartEvent)):
                 depth += 1
                 if depth > MAX_DEPTH:
@@ -72,35 +75,48 @@ def parse_yaml(text: str, where: str) -> Any:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 - _Loader is a safe loader
     except QuestionError as error:
         raise error if str(error).startswith(where) else QuestionError(f"{where}, {error}") from None
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
+    except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line_text = f", line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        if mark and "".join(text.splitlines()[mark.line : mark.line + 1]).lstrip(" ").startswith("\t"):
+            problem = "indented with a tab; use spaces"
         raise QuestionError(f"{where}{line_text}: not YAML: {problem}") from None
+    except (RecursionError, ValueError):
+        # Python refuses to read integers of more than 4,300 digits.
+        raise QuestionError(f"{where}: a number in it is too long to read") from None
+
+
+def read_text(path: Path, where: str = "") -> str:
+    """The text in the file `path`; QuestionError for one that is missing, no file, large, or binary."""
+    where = where or str(path)
+    try:
+        if not path.is_file():
+            raise QuestionError(f"{where}: not a file" if path.exists() else f"{where}: no such file")
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            data = b"" if size > MAX_BYTES else file.read(MAX_BYTES + 1)
+        if max(size, len(data)) > MAX_BYTES:
+            raise QuestionError(f"{where}: {size:,} bytes; at most {MAX_BYTES:,} are read")
+        text = data.decode("utf-8")
+    except UnicodeDecodeError:
+        raise QuestionError(f"{where}: not a text file (UTF-8)") from None
+    except OSError as error:
+        raise QuestionError(f"{where}: {str(error.strerror).lower()}") from None
+    if "\x00" in text:
+        raise QuestionError(f"{where}: not a text file (NUL byte)")
+    return text
 
 
 def read_yaml(path: Path) -> Any:
     """The data in the file `path`; QuestionError for a missing, large, binary or malformed file."""
-    try:
-        if not path.is_file():
-            raise QuestionError(f"{path}: no such file")
-        size = path.stat().st_size
-        if size > MAX_BYTES:
-            raise QuestionError(f"{path}: {size} bytes; a job or profile has at most {MAX_BYTES}")
-        text = path.read_bytes().decode("utf-8")
-    except UnicodeDecodeError:
-        raise QuestionError(f"{path}: not a text file (UTF-8)") from None
-    except OSError as error:
-        raise QuestionError(f"{path}: {error.strerror}") from None
-    if "\x00" in text:
-        raise QuestionError(f"{path}: not a text file (NUL byte)")
-    return parse_yaml(text, str(path))
+    return parse_yaml(read_text(path), str(path))
 
 
 def find_not_finite(data: Any, path: str = "") -> str | None:
-    """The dotted path of the first NaN or infinity in `data`, or None."""
+    """`batch.sequences = nan` for the first NaN or infinity in `data`, or None."""
     if isinstance(data, float) and not math.isfinite(data):
-        return path
+        return f"{path} = {data}"
     items = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
     for key, value in items:
         found = find_not_finite(value, f"{path}.{key}" if path else str(key))

@@ -5,20 +5,41 @@ Heavy packages are imported by the command that needs them: an answer has half a
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from hw_profiles.errors import QuestionError
 
+if TYPE_CHECKING:
+    from hw_profiles.schema import Chip
+    from simulator.results.forecast import Forecast
+
 NO, FAILED, INTERRUPTED = 3, 4, 130
+LONGEST_LINE = 600
+
+
+class _Commands(TyperGroup):
+    """All commands, and one answer to an interruption, which typer's versions disagree about."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run a command; an interruption exits with 130."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise typer.Exit(INTERRUPTED) from None
+
 
 app = typer.Typer(
     name="moecast",
+    cls=_Commands,
     help="Forecast what a mixture-of-experts training run costs, before the cluster is rented.",
     no_args_is_help=True,
     add_completion=False,
@@ -47,8 +68,12 @@ def _root(
 
 
 def _print_json(data: Any) -> None:
-    json.dump(data, sys.stdout, indent=2, allow_nan=False)
-    print()
+    try:
+        text = json.dumps(data, indent=2, allow_nan=False)
+    except ValueError:
+        rule = "a number in the job or in the chip's profile is too large or too small"
+        raise QuestionError(f"the forecast is not finite: {rule}") from None
+    print(text)
 
 
 @app.command(
@@ -71,23 +96,16 @@ def forecast(
     as_json: Json = False,
 ) -> None:
     """Forecast a training step of each job: time, FLOPs, memory, all-to-all, tokens/s, MFU, dollars."""
-    from simulator.analysis.forecast import forecast as forecast_job
-    from simulator.job.load import load_job
-
     chip = None
     if profile is not None:
         from hw_profiles.loader import load_chip_file
 
         chip = load_chip_file(profile)
-    answers = [
-        forecast_job(load_job(path, set_ or ()), engine=engine, chip=chip, profile=str(profile) if profile else None)
-        for path in jobs
-    ]
     if html is not None:
-        from reports.page import write_html
-
-        title = answers[0].job.name if len(answers) == 1 else "Comparison of " + ", ".join(a.job.name for a in answers)
-        write_html(answers, html, f"moecast: {title}")
+        _check_page(html)
+    answers = [_answer(path, set_ or (), engine, chip, profile) for path in jobs]
+    if html is not None:
+        _write_page(answers, html)
     if as_json:
         _print_json(answers[0].to_dict() if len(answers) == 1 else [a.to_dict() for a in answers])
     else:
@@ -96,7 +114,37 @@ def forecast(
         raise typer.Exit(NO)
 
 
-def _print_tables(answers: list[Any], html: Path | None) -> None:
+def _answer(path: Path, changes: Sequence[str], engine: str, chip: Chip | None, profile: Path | None) -> Forecast:
+    """The forecast of one job file; an error says which file it is in."""
+    from simulator.analysis.forecast import forecast
+    from simulator.job.load import load_job
+
+    try:
+        return forecast(load_job(path, changes), engine=engine, chip=chip, profile=str(profile) if profile else None)
+    except QuestionError as error:
+        said = str(error)
+        raise QuestionError(said if said.startswith((str(path), "--set", "engine")) else f"{path}: {said}") from None
+
+
+def _check_page(path: Path) -> None:
+    """OSError where no page can be written; a page replaces a file, never a folder or a device such as /dev/full."""
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "is there and is not a file", str(path))
+    if not path.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "no such folder", str(path.parent))
+
+
+def _write_page(answers: list[Forecast], path: Path) -> None:
+    from reports.page import write_html
+
+    title = answers[0].job.name if len(answers) == 1 else "Comparison of " + ", ".join(a.job.name for a in answers)
+    try:
+        write_html(answers, path, f"moecast: {title}")
+    except OSError as error:  # which names the temporary file beside the page
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def _print_tables(answers: list[Forecast], html: Path | None) -> None:
     from rich.console import Console
 
     from moecast.terminal import print_comparison, print_forecast
@@ -151,20 +199,46 @@ def schema(as_json: Json = True) -> None:
     _print_json(job_schema())
 
 
+def _complain(text: str) -> None:
+    """`text` as one printable line on standard error."""
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(text.split()))
+    print(f"moecast: {line if len(line) <= LONGEST_LINE else line[: LONGEST_LINE - 3] + '...'}", file=sys.stderr)
+
+
+def _flush() -> None:
+    """Write out what is left, now, while a full disk still changes the exit code."""
+    if sys.stdout is not None:
+        sys.stdout.flush()
+
+
+def _let_go() -> None:
+    """Forget output that cannot be written: Python would try, and complain, once more at exit."""
+    try:
+        _flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def main() -> None:
     """Run the command line; every error of the user's is one line on standard error and a stable exit code."""
     try:
-        app(standalone_mode=True)
+        try:
+            app(standalone_mode=True)
+        finally:
+            _flush()
+    except SystemExit as leaving:
+        # Only rich and typer leave with 1: when the reader has gone (`| head`), which is no failure.
+        raise SystemExit(0 if leaving.code == 1 else leaving.code) from None
     except QuestionError as error:
-        print(f"moecast: {' '.join(str(error).split())}", file=sys.stderr)
+        _complain(str(error))
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         raise SystemExit(INTERRUPTED) from None
     except BrokenPipeError:
-        # The reader has gone (`| head`); Python would complain again when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _let_go()
         raise SystemExit(0) from None
     except OSError as error:
+        _let_go()
         where = f"{error.filename}: " if error.filename else ""
-        print(f"moecast: {where}{error.strerror or error}", file=sys.stderr)
+        _complain(f"{where}{error.strerror or error}")
         raise SystemExit(FAILED) from None

@@ -121,7 +121,7 @@ def simumax_job(row: dict[str, str]) -> dict[str, Any]:
 
 
 def test_what_megatrons_allocator_peaked_at(shared: Path) -> None:
-    """All rows that publish a peak allocation: within 10 %, median within 3 %, experts within 1 % (reserve left out)."""
+    """All rows that publish a peak allocation: within 10 %, median within 3 %, experts within 1 % (no reserve)."""
     with (shared / "measured" / "train_steps.csv").open(newline="") as file:
         rows = [r for r in csv.DictReader(file) if r["id"].startswith("SMX") and r["hardware"] == "B200"]
     errors = {}

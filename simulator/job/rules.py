@@ -10,7 +10,6 @@ from simulator.job.job import Capacity, Job
 from simulator.job.layout import Chunk, lay_out
 from simulator.job.model import Moe
 
-
 # Far beyond any model, and few enough that loops over layers or experts end while somebody waits.
 MOST_LAYERS, MOST_EXPERTS = 10_000, 1_000_000
 
