@@ -49,12 +49,13 @@ def test_equal_stages_are_exact(schedule: str, stages: int, microbatches: int) -
     assert pipeline_time(schedule, times, microbatches, 1, 0.0) == pytest.approx(expected)
 
 
-def test_unequal_stages_are_never_faster_than_the_longest_path_and_at_most_36_per_cent_slower() -> None:
+def test_unequal_stages_are_a_close_lower_bound() -> None:
     for slow in range(4):
         times = [StageTimes(1.0, 1.2, 0.8)] * 4
         times[slow] = StageTimes(1.5, 1.8, 1.2)
-        exact = longest_path(times, 12)
-        assert exact * 0.999 <= pipeline_time("1f1b", times, 12, 1, 0.0) <= 1.36 * exact
+        for schedule in ("1f1b", "gpipe"):
+            exact = longest_path(times, 12, schedule == "gpipe")
+            assert 0.97 * exact <= pipeline_time(schedule, times, 12, 1, 0.0) <= 1.0001 * exact
 
 
 def test_papers_bubbles() -> None:
@@ -71,6 +72,7 @@ def test_papers_bubbles() -> None:
 def test_activations_in_flight() -> None:
     assert [in_flight("1f1b", s, 4, 8, 1) for s in range(4)] == [4, 3, 2, 1]
     assert [in_flight("gpipe", s, 4, 8, 1) for s in range(4)] == [8] * 4
+    assert [in_flight("zb-h1", s, 4, 8, 1) for s in range(4)] == [4] * 4
     assert [in_flight("dualpipe", s, 4, 8, 1) for s in range(4)] == [5] * 4
     # Interleaved, V 2: 2 (P - p - 1) + P + 1 chunks of half a stage.
     assert [in_flight("interleaved", s, 4, 8, 2) for s in range(4)] == [5.5, 4.5, 3.5, 2.5]

@@ -1,22 +1,27 @@
-"""Pipeline schedules in closed form: idle time, and microbatches whose activations a stage keeps.
+"""Pipeline schedules in closed form: step time, and microbatches whose activations a stage keeps.
 
 f, b, w: seconds of forward, backward for inputs, and backward for weights of one microbatch on a stage (b and w
-together are the backward pass); M microbatches, P stages, V virtual stages, c seconds of a hop between stages.
+together are the backward pass, t all three); M microbatches, P stages, V virtual stages, c seconds of a hop.
 
-- GPipe (arXiv:1811.06965) and 1F1B (arXiv:2006.09503): (P-1)(f+b+w) idle on equal stages. With unequal stages the
-  slowest paces all: (M-1) max + sum (an approximation up to 36 % high, docs/model.md). A hop that blocks adds
-  2c[(P-1)M/P + P-2] under 1F1B (derived by the longest path), 2c(P-1) under GPipe.
-- Interleaved (arXiv:2104.04473): the bubble divided by V, hops multiplied by V.
-- ZB-H1 (arXiv:2401.10241): (P-1)(f+b-w), at the activation memory of 1F1B.
-- DualPipe (arXiv:2412.19437, table 2): (P/2-1)(F&B + b_full - 3w), two copies of the parameters, P+1 activations.
-  F&B is a forward and a backward run together; their all-to-alls hide each other.
+The orders behind the formulas are in `simulator.engine.orders`; tests/test_orders.py compares both. Hop costs were
+found as the longest path through those orders and are exact there for equal stages.
+
+- GPipe (arXiv:1811.06965): sum f + (M-1) max f, and the same for the backward passes: exact. Hops 2c(P-1).
+- 1F1B (arXiv:2006.09503): the longest of two paths through each stage p: busy from its first forward on
+  (sum of t before p, plus M t_p), or waiting for the first microbatch's round trip (sum of all t, then the M - P + p
+  microbatches it has not begun, and the P - p - 1 backwards that remain). A lower bound; exact on equal stages, at most
+  4 % low when stages differ by up to 40 %. Hops 2c[(P-1)M/P + P-2].
+- Interleaved (arXiv:2104.04473): M max + (sum - max)/V, within 9 % when chunks differ by 20 %. Hops 2c(PV-1).
+- ZB-H1 (arXiv:2401.10241): (P-1)(f+b-w) idle. Hops 4c(P-1).
+- DualPipe (arXiv:2412.19437, table 2): (P/2-1)(F&B + b + w - 3w) idle, F&B a forward and a backward run together; up to
+  4 % high where f and b + w differ. Two copies of the parameters. Hops c[(P-1)M/P + max(1, 3P/2-3)].
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from simulator.numbers import Number, maximum
+from simulator.numbers import Number, maximum, minimum
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,51 +52,57 @@ def in_flight(schedule: str, stage: int, stages: int, microbatches: int, virtual
         return min(microbatches * virtual, 2 * (stages - stage - 1) + (virtual - 1) * stages + 1) / virtual
     if schedule == "dualpipe":
         return float(min(microbatches, stages + 1))
+    if schedule == "zb-h1":
+        # Weight gradients run late: a stage keeps what 1F1B's first stage does.
+        return float(min(microbatches, stages))
     return float(min(microbatches, stages - stage))
 
 
 def pipeline_time(schedule: str, times: list[StageTimes], microbatches: Number, virtual: int, hop: Number) -> Number:
     """Seconds from the first forward to the end of the last backward, gradient reduction excluded."""
     stages = len(times)
-    slowest = times[0].total
-    for t in times[1:]:
-        slowest = maximum(slowest, t.total)
     if stages == 1:
-        return microbatches * slowest
-    if schedule == "zb-h1":
-        f = max_of(times, "forward")
-        b = max_of(times, "backward_input")
-        w = max_of(times, "backward_weight")
-        bubble = maximum((stages - 1) * (f + b - w), 0.0)
-        return microbatches * slowest + bubble + _hops(stages, microbatches, hop)
-    if schedule == "dualpipe":
-        # F&B: forward and backward of two microbatches run together without gain in arithmetic.
-        mean = [sum(getattr(t, n) for t in times) / stages for n in ("forward", "backward_input", "backward_weight")]
-        f, full, w = mean[0], mean[1] + mean[2], mean[2]
-        # Each device holds stages p and P-1-p: pairs even out unequal stages.
-        pair = times[0].total + times[-1].total
-        for i in range(1, stages // 2):
-            pair = maximum(pair, times[i].total + times[stages - 1 - i].total)
-        bubble = maximum((stages / 2 - 1) * (f + full + full - 3 * w), 0.0)
-        return microbatches * pair / 2 + bubble + 2 * hop * (stages / 2)
-    total = times[0].total
-    for t in times[1:]:
-        total = total + t.total
-    fill = total - slowest
-    if schedule == "interleaved":
-        return microbatches * slowest + fill / virtual + virtual * _hops(stages, microbatches, hop)
+        return microbatches * times[0].total
+    forwards, backwards = [t.forward for t in times], [t.backward_input + t.backward_weight for t in times]
+    totals = [t.total for t in times]
     if schedule == "gpipe":
-        return microbatches * slowest + fill + 2 * hop * (stages - 1)
-    return microbatches * slowest + fill + _hops(stages, microbatches, hop)
+        flow = (
+            sum(forwards) + (microbatches - 1) * _max(forwards) + sum(backwards) + (microbatches - 1) * _max(backwards)
+        )
+        return flow + 2 * hop * (stages - 1)
+    if schedule == "1f1b":
+        return _one_forward_one_backward(totals, backwards, microbatches) + 2 * hop * (
+            (stages - 1) * microbatches / stages + stages - 2
+        )
+    if schedule == "interleaved":
+        slowest = _max(totals)
+        return microbatches * slowest + (sum(totals) - slowest) / virtual + 2 * hop * (stages * virtual - 1)
+    if schedule == "zb-h1":
+        weights, inputs = [t.backward_weight for t in times], [t.backward_input for t in times]
+        bubble = maximum((stages - 1) * (_max(forwards) + _max(inputs) - _max(weights)), 0.0)
+        return microbatches * _max(totals) + bubble + 4 * hop * (stages - 1)
+    # DualPipe. Each device holds stages p and P-1-p: pairs even out unequal stages.
+    pair = _max([totals[i] + totals[stages - 1 - i] for i in range(stages // 2)])
+    f, full = sum(forwards) / stages, sum(backwards) / stages
+    w = sum(t.backward_weight for t in times) / stages
+    bubble = maximum((stages / 2 - 1) * (f + full + full - 3 * w), 0.0)
+    return microbatches * pair / 2 + bubble + hop * ((stages - 1) * microbatches / stages + max(1.0, 1.5 * stages - 3))
 
 
-def _hops(stages: int, microbatches: Number, hop: Number) -> Number:
-    return 2 * hop * ((stages - 1) * microbatches / stages + stages - 2)
+def _one_forward_one_backward(totals: list[Number], backwards: list[Number], microbatches: Number) -> Number:
+    stages, everything = len(totals), sum(totals)
+    longest: Number = 0.0
+    before: Number = 0.0
+    for p, total in enumerate(totals):
+        begun = minimum(microbatches, stages - p)
+        round_trip = everything + (microbatches - begun) * total + (begun - 1) * backwards[p]
+        longest = maximum(longest, maximum(before + microbatches * total, round_trip))
+        before = before + total
+    return longest
 
 
-def max_of(times: list[StageTimes], name: str) -> Number:
-    """Largest value of one field over the stages."""
-    out = getattr(times[0], name)
-    for t in times[1:]:
-        out = maximum(out, getattr(t, name))
+def _max(values: list[Number]) -> Number:
+    out = values[0]
+    for value in values[1:]:
+        out = maximum(out, value)
     return out

@@ -38,10 +38,14 @@ class Piece:
 
 @dataclass(slots=True)
 class Workload:
-    """All pieces, and how many of each every stage runs per microbatch (`counts[stage][piece]`)."""
+    """All pieces, and how many of each every stage runs per microbatch: `counts[stage][piece]`.
+
+    `chunk_counts[stage][chunk][piece]` has them for each virtual stage.
+    """
 
     pieces: list[Piece]
     counts: list[list[int]] = field(default_factory=list)
+    chunk_counts: list[list[list[int]]] = field(default_factory=list)
 
 
 def recompute_names(job: Job) -> set[str] | None:
@@ -220,15 +224,17 @@ def build_workload(job: Job, degrees: Degrees, habits: Habits) -> Workload:
     pieces.append(builder.head(decoder, tied=model.tied_embeddings and degrees.pipeline == 1))
     if model.mtp_layers:
         pieces.append(builder.mtp(decoder))
-    counts = [[_count(chunks, order, i, embedding) for i in range(len(pieces))] for chunks in degrees.chunks]
-    return Workload(pieces, counts)
+    every = range(len(pieces))
+    chunk_counts = [[[_count(c, order, i, embedding) for i in every] for c in chunks] for chunks in degrees.chunks]
+    counts = [[sum(c[i] for c in chunks) for i in every] for chunks in chunk_counts]
+    return Workload(pieces, counts, chunk_counts)
 
 
-def _count(chunks: tuple[Chunk, ...], order: list[int], piece: int, embedding: int) -> int:
+def _count(chunk: Chunk, order: list[int], piece: int, embedding: int) -> int:
     if piece == embedding:
-        return sum(c.embedding for c in chunks)
+        return int(chunk.embedding)
     if piece == embedding + 1:
-        return sum(c.logits for c in chunks)
+        return int(chunk.logits)
     if piece == embedding + 2:
-        return sum(c.mtp for c in chunks)
-    return sum(order[c.first : c.first + c.layers].count(piece) for c in chunks)
+        return chunk.mtp
+    return order[chunk.first : chunk.first + chunk.layers].count(piece)
