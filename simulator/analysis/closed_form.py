@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 
 from hw_profiles.cluster import Cluster
 from hw_profiles.errors import QuestionError
-from simulator.analysis.piece_times import CommTime, PieceTime, Timer
+from simulator.costs.piece_times import CommTime, PieceTime, Timer
+from simulator.costs.reductions import StateCosts
 from simulator.job.job import Job
 from simulator.job.rules import Degrees
 from simulator.kernels.roofline import Kernels
@@ -79,14 +80,9 @@ class _Stage:
     def __init__(
         self, job: Job, cluster: Cluster, degrees: Degrees, habits: Habits, kernels: Kernels, timer: Timer
     ) -> None:
-        self.job, self.cluster, self.degrees, self.habits, self.kernels, self.timer = (
-            job,
-            cluster,
-            degrees,
-            habits,
-            kernels,
-            timer,
-        )
+        self.job, self.degrees, self.habits, self.timer = job, degrees, habits, timer
+        self.costs = StateCosts(job, cluster, degrees, habits, kernels, timer)
+        self.dual = job.plan.schedule == "dualpipe" and degrees.pipeline > 1
         self.slow = cluster.chip.overlap_slowdown.value - 1
         self.shards = Shards.of(degrees)
 
@@ -94,29 +90,44 @@ class _Stage:
         """Exposed seconds of communication beside compute, with what the compute loses while both run."""
         if not overlap:
             return communication
-        return maximum(communication - compute, 0.0) + self.slow * minimum(communication, compute)
+        slowed = compute + self.slow * minimum(communication, compute)
+        return maximum(communication, slowed) - compute
 
-    def result(self, pieces: list[tuple[PieceTime, int]]) -> StageResult:
-        """The stage's step."""
+    def _all_to_alls(self, t: PieceTime) -> tuple[Number, Number]:
+        """Exposed seconds of a piece's all-to-alls, forward and backward.
+
+        DualPipe runs a forward and a backward together, so that either's all-to-alls hide behind both.
+        """
+        overlap = self.job.software.overlap.all_to_all
+        forward, backward = t.forward_s, t.backward_input_s + t.backward_weight_s
+        if self.dual:
+            both = self._hide(t.forward_all_to_all_s + t.backward_all_to_all_s, forward + backward, overlap)
+            return both / 3, both * 2 / 3
+        return self._hide(t.forward_all_to_all_s, forward, overlap), self._hide(
+            t.backward_all_to_all_s, backward, overlap
+        )
+
+    def result(self, pieces: list[tuple[PieceTime, int]], mirrored: list[tuple[PieceTime, int]]) -> StageResult:
+        """The stage's step; `mirrored` are the pieces of DualPipe's second copy."""
         out = StageResult()
-        micro, overlap = self.degrees.microbatches, self.job.software.overlap
+        micro = self.degrees.microbatches
         f = bi = bw = 0.0
-        forward_wait = backward_wait = 0.0
+        forward_wait = backward_wait = gather_f = gather_b = 0.0
         dense = expert = 0.0
         for t, n in pieces:
             f, bi, bw = f + n * t.forward_s, bi + n * t.backward_input_s, bw + n * t.backward_weight_s
-            a2a_f = self._hide(t.forward_all_to_all_s, t.forward_s, overlap.all_to_all)
-            a2a_b = self._hide(t.backward_all_to_all_s, t.backward_input_s + t.backward_weight_s, overlap.all_to_all)
-            gather_f, gather_b = self._gather(out, t, n)
+            a2a_f, a2a_b = self._all_to_alls(t)
+            each_f, each_b = self._gather(out, t, n)
+            gather_f, gather_b = gather_f + n * each_f, gather_b + n * each_b
             out.all_to_all_s += n * micro * (a2a_f + a2a_b)
             out.all_to_all_total_s += n * micro * (t.forward_all_to_all_s + t.backward_all_to_all_s)
-            out.other_s += n * micro * (t.forward_other_s + t.backward_other_s + gather_f + gather_b)
+            out.other_s += n * micro * (t.forward_other_s + t.backward_other_s)
             out.imbalance_s += n * micro * t.hot_s
             out.host_s += n * micro * t.host_s
             out.executed_flops += n * micro * t.executed_flops
             out.model_flops += n * micro * t.model_flops
-            forward_wait += n * (a2a_f + t.forward_other_s + gather_f + t.hot_s / 3)
-            backward_wait += n * (a2a_b + t.backward_other_s + gather_b + 2 * t.hot_s / 3 + t.host_s)
+            forward_wait += n * (a2a_f + t.forward_other_s + t.hot_s / 3)
+            backward_wait += n * (a2a_b + t.backward_other_s + 2 * t.hot_s / 3 + t.host_s)
             dense, expert = dense + n * t.piece.dense_parameters, expert + n * t.piece.expert_parameters
             exposed = (a2a_f + a2a_b) / maximum(t.forward_all_to_all_s + t.backward_all_to_all_s, 1e-30)
             for c in t.comms:
@@ -125,173 +136,79 @@ class _Stage:
                 out.comms.append((c, calls, share))
                 if c.kind == "all_to_all":
                     out.all_to_all_bytes += calls * c.bytes
-        per_micro = self._reduce_each(out, dense, expert, bi + bw)
-        out.times = StageTimes(f + forward_wait, bi + backward_wait + per_micro, bw)
-        update = self._update(dense, expert)
+        for t, n in mirrored:
+            # DualPipe's second copy of the parameters is reduced and updated too.
+            dense, expert = dense + n * t.piece.dense_parameters, expert + n * t.piece.expert_parameters
+        layers = max(1, sum(n for t, n in (*pieces, *mirrored) if t.piece.is_layer))
+        reductions = self.costs.reductions(dense, expert)
+        each = reductions if self.costs.every_microbatch else []
+        beside_f = self._states(out, gather_f, [], f, micro)
+        beside_b = self._states(out, gather_b, each, bi + bw, micro)
+        out.times = StageTimes(f + forward_wait + beside_f, bi + backward_wait + beside_b, bw)
+        update = self.costs.update_s(dense, expert)
         out.compute_s = micro * (f + bi + bw) + update
-        out.tail_s = update + self._reduce_once(out, dense, expert, f, bi + bw)
+        once = [] if self.costs.every_microbatch else reductions
+        # What gathers already fill of the last backward pass cannot hide the reductions.
+        room = maximum(bi + bw - gather_b, 0.0)
+        out.tail_s = (
+            update
+            + self._once(out, once, room, self.job.software.overlap.gradients, layers)
+            + self._once(out, self.costs.new_weights(dense, expert), f, self.job.software.overlap.parameters, layers)
+        )
         return out
 
     def _gather(self, out: StageResult, t: PieceTime, n: int) -> tuple[Number, Number]:
-        """Exposed seconds of gathering a piece's sharded weights, forward and backward, one microbatch."""
-        if self.job.plan.shard != "parameters" or (self.shards.dense == 1 and self.shards.expert == 1):
-            return 0.0, 0.0
-        overlap, name = self.job.software.overlap.parameters, t.piece.name.partition("[")[0]
-        if name == "embedding":
+        """Seconds of gathering a piece's sharded weights, forward and backward, one microbatch."""
+        if self.job.plan.shard != "parameters" or t.piece.name == "embedding":
             # A table split over D is looked up in place; the result is exchanged, not the table.
             return 0.0, 0.0
+        name = t.piece.name.partition("[")[0]
         seconds: Number = 0.0
         passes = 2 if t.piece.is_layer else 1
         for axis, size, parameters in (
             ("replica", self.shards.dense, t.piece.dense_parameters),
             ("expert_data", self.shards.expert, t.piece.expert_parameters),
         ):
-            bytes_ = parameters * self.habits.gather_bytes
             if size > 1 and parameters:
+                bytes_ = parameters * self.habits.gather_bytes
                 rate = self.timer.rate_of("all_gather", size, axis)
                 one = rate.seconds(bytes_)
                 seconds = seconds + one
                 scope = f"{name}.{'experts' if axis == 'expert_data' else 'parameters'}.all_gather"
                 comm = CommTime(scope, "all_gather", size, bytes_, 1.0, passes - 1.0, one, rate.level)
-                exposed = self._hide(one * passes, t.compute_s, overlap) / maximum(one * passes, 1e-30)
-                out.comms.append((comm, n * self.degrees.microbatches * passes, exposed))
-        forward = self._hide(seconds, t.forward_s, overlap)
-        backward = self._hide(seconds, t.backward_input_s + t.backward_weight_s, overlap) if passes == 2 else 0.0
-        return forward, backward
+                hidden = self._hide(one * passes, t.compute_s, self.job.software.overlap.parameters)
+                out.comms.append((comm, n * self.degrees.microbatches * passes, hidden / maximum(one * passes, 1e-30)))
+        return seconds, seconds if passes == 2 else 0.0
 
-    def _reductions(self, dense: Number, expert: Number) -> list[tuple[CommTime, Number]]:
-        """The collectives that reduce a stage's gradients once, with their seconds."""
-        d, zero, habits = self.degrees, self.job.plan.shard, self.habits
-        out = []
-        for axis, size, shard, parameters, what in (
-            ("replica", d.data * d.context, self.shards.dense, dense, "gradients"),
-            ("expert_data", d.expert_data, self.shards.expert, expert, "experts.gradients"),
-        ):
-            bytes_ = parameters * habits.reduction_bytes
-            if size <= 1 or not parameters:
-                continue
-            if zero in ("gradients", "parameters") and shard > 1 and not self._reduces_whole(shard):
-                rate = self.timer.rate_of("reduce_scatter", shard, axis)
-                out.append(
-                    (
-                        CommTime(
-                            f"{what}.reduce_scatter",
-                            "reduce_scatter",
-                            shard,
-                            bytes_,
-                            0,
-                            1,
-                            rate.seconds(bytes_),
-                            rate.level,
-                        ),
-                        0.0,
-                    )
-                )
-                if size > shard:
-                    rate = self.timer.rate_of("all_reduce", size // shard, axis, shard)
-                    part = bytes_ / shard
-                    out.append(
-                        (
-                            CommTime(
-                                f"{what}.all_reduce",
-                                "all_reduce",
-                                size // shard,
-                                part,
-                                0,
-                                1,
-                                rate.seconds(part),
-                                rate.level,
-                            ),
-                            0.0,
-                        )
-                    )
-            elif zero == "optimizer":
-                rate = self.timer.rate_of("reduce_scatter", size, axis)
-                out.append(
-                    (
-                        CommTime(
-                            f"{what}.reduce_scatter",
-                            "reduce_scatter",
-                            size,
-                            bytes_,
-                            0,
-                            1,
-                            rate.seconds(bytes_),
-                            rate.level,
-                        ),
-                        0.0,
-                    )
-                )
-            else:
-                rate = self.timer.rate_of("all_reduce", size, axis)
-                out.append(
-                    (
-                        CommTime(
-                            f"{what}.all_reduce", "all_reduce", size, bytes_, 0, 1, rate.seconds(bytes_), rate.level
-                        ),
-                        0.0,
-                    )
-                )
-        return out
+    def _states(
+        self, out: StageResult, gathers: Number, reductions: list[CommTime], compute: Number, micro: Number
+    ) -> Number:
+        """Exposed seconds a microbatch of gathers, and of reductions that run after every one (ZeRO 2 and 3).
 
-    def _reduces_whole(self, shard: int) -> bool:
-        """XLA:TPU all-reduces wide FSDP gradients (v5e, v5p, v6e, seen at 64 ways; facts/aot.md), TPU 7x does not."""
-        chip = self.cluster.chip
-        return self.habits.xla and chip.kind == "tpu" and chip.name != "tpu7x" and shard > 8
-
-    def _reduce_each(self, out: StageResult, dense: Number, expert: Number, backward: Number) -> Number:
-        """Exposed seconds a microbatch of reductions that run after every one (ZeRO 2 and 3)."""
-        if self.job.plan.shard not in ("gradients", "parameters") or self.degrees.microbatches == 1:
-            return 0.0
-        comms = self._reductions(dense, expert)
-        total = sum(c.seconds for c, _ in comms)
-        exposed = self._hide(total, backward, self.job.software.overlap.gradients)
-        for c, _ in comms:
-            out.comms.append((c, self.degrees.microbatches, exposed / maximum(total, 1e-30)))
-        out.other_s += self.degrees.microbatches * exposed
+        Both use the same network cards, so together they have to fit beside the compute.
+        """
+        overlap = self.job.software.overlap
+        total = sum(c.seconds for c in reductions)
+        alone = (0.0 if overlap.parameters else gathers) + (0.0 if overlap.gradients else total)
+        beside = (gathers if overlap.parameters else 0.0) + (total if overlap.gradients else 0.0)
+        exposed = alone + self._hide(beside, compute, True)
+        for c in reductions:
+            out.comms.append((c, micro, exposed / maximum(total + gathers, 1e-30)))
+        out.other_s += micro * exposed
         return exposed
 
-    def _reduce_once(
-        self, out: StageResult, dense: Number, expert: Number, forward: Number, backward: Number
-    ) -> Number:
-        """Exposed seconds of the reductions at the end of the step, and of ZeRO 1's gather of new weights."""
-        exposed: Number = 0.0
-        overlap = self.job.software.overlap
-        if self.job.plan.shard in ("none", "optimizer") or self.degrees.microbatches == 1:
-            comms = self._reductions(dense, expert)
-            total = sum(c.seconds for c, _ in comms)
-            # The last layer's gradients are ready only when the backward pass ends: one part in about 32 stays exposed.
-            exposed = maximum(self._hide(total, backward, overlap.gradients), total / 32)
-            for c, _ in comms:
-                out.comms.append((c, 1, exposed / maximum(total, 1e-30)))
-        if self.job.plan.shard == "optimizer":
-            for axis, size, parameters, what in (
-                ("replica", self.shards.dense, dense, "parameters"),
-                ("expert_data", self.shards.expert, expert, "experts.parameters"),
-            ):
-                if size > 1 and parameters:
-                    bytes_ = parameters * self.habits.gather_bytes
-                    rate = self.timer.rate_of("all_gather", size, axis)
-                    seconds = rate.seconds(bytes_)
-                    shown = maximum(self._hide(seconds, forward, overlap.parameters), seconds / 32)
-                    exposed = exposed + shown
-                    out.comms.append(
-                        (
-                            CommTime(f"{what}.all_gather", "all_gather", size, bytes_, 1, 0, seconds, rate.level),
-                            1,
-                            shown / maximum(seconds, 1e-30),
-                        )
-                    )
+    def _once(self, out: StageResult, comms: list[CommTime], compute: Number, beside: bool, layers: int) -> Number:
+        """Exposed seconds of what happens once a step: reductions at its end, or ZeRO 1's gather of new weights.
+
+        The last layer's gradients are ready only when the backward pass ends, and the first layer's weights are needed
+        when the forward pass begins: one layer's part of either stays exposed.
+        """
+        total = sum(c.seconds for c in comms)
+        exposed = maximum(self._hide(total, compute, beside), total / layers)
+        for c in comms:
+            out.comms.append((c, 1, exposed / maximum(total, 1e-30)))
         out.other_s += exposed
         return exposed
-
-    def _update(self, dense: Number, expert: Number) -> Number:
-        """Seconds of the optimiser: gradients read, states and weights read and written, on this device's shard."""
-        s = self.shards if self.job.plan.shard != "none" else Shards(1, 1)
-        h = self.habits
-        second = 0.0 if h.factored_second_moment else h.second_moment_bytes
-        each = h.gradient_bytes + 2 * (h.first_moment_bytes + second + h.master_bytes) + 2 * h.parameter_bytes
-        return self.kernels.stream_s(each * (dense / s.dense + expert / s.expert))
 
 
 def closed_form(
@@ -303,10 +220,13 @@ def closed_form(
     stage = _Stage(job, cluster, degrees, habits, kernels, timer)
     results: dict[tuple[int, ...], StageResult] = {}
     stages = []
-    for counts in workload.counts:
-        key = tuple(counts)
+    dual = job.plan.schedule == "dualpipe" and degrees.pipeline > 1
+    for p, counts in enumerate(workload.counts):
+        mirror = workload.counts[degrees.pipeline - 1 - p] if dual else []
+        key = (*counts, *mirror)
         if key not in results:
-            results[key] = stage.result([(t, n) for t, n in zip(times, counts, strict=True) if n])
+            own = [(t, n) for t, n in zip(times, counts, strict=True) if n]
+            results[key] = stage.result(own, [(t, n) for t, n in zip(times, mirror, strict=False) if n])
         stages.append(results[key])
     hop = _hop(timer, degrees, workload)
     per_stage = [s.times for s in stages if s.times is not None]
@@ -315,7 +235,8 @@ def closed_form(
     step: Number = 0.0
     for p, s in enumerate(stages):
         assert s.times is not None
-        ahead = p * (s.times.backward_input + s.times.backward_weight) / job.plan.virtual_stages
+        backward = s.times.backward_input + s.times.backward_weight
+        ahead = 0.0 if dual else p * backward / job.plan.virtual_stages
         step = maximum(step, pipeline - ahead + s.tail_s)
     step = maximum(step, pipeline)
     host = cluster.chip.host_step_overhead_us.value * 1e-6

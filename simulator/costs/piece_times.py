@@ -44,11 +44,16 @@ class CommTime:
     backward: float
     seconds: Number
     level: str
+    stride: int = 1
+    between: float = 1.0
 
 
 @dataclass(slots=True)
 class PieceTime:
-    """All of a piece. Compute seconds are at balanced load; `hot_s` is what the busiest expert rank adds."""
+    """All of a piece. Compute seconds are at balanced load; `hot_s` is what the busiest expert rank adds.
+
+    `hot_unit_s` is what a load of twice the mean would add, both passes together.
+    """
 
     piece: Piece
     ops: list[OpTime] = field(default_factory=list)
@@ -61,6 +66,7 @@ class PieceTime:
     forward_other_s: Number = 0.0
     backward_other_s: Number = 0.0
     hot_s: Number = 0.0
+    hot_unit_s: Number = 0.0
     host_s: Number = 0.0
     model_flops: Number = 0.0
     executed_flops: Number = 0.0
@@ -110,6 +116,7 @@ class Timer:
             self._op(out, op)
         for comm in piece.work.comms:
             self._comm(out, comm)
+        out.hot_s = out.hot_unit_s * (self.busiest - 1)
         if self.offload and piece.is_layer:
             self._offload(out)
         return out
@@ -126,7 +133,7 @@ class Timer:
         else:
             out.backward_input_s = out.backward_input_s + backward + recompute
         if op.hot:
-            out.hot_s = out.hot_s + (forward + backward + recompute) * (self.busiest - 1)
+            out.hot_unit_s = out.hot_unit_s + forward + backward + recompute
         flops = op.flops
         again_flops = flops if again else 0.0
         out.model_flops = out.model_flops + 3 * op.model_flops
@@ -150,12 +157,15 @@ class Timer:
             if kind == "permute":
                 # Keys and values go round a ring of n ranks in n - 1 steps.
                 seconds = (size - 1) * (rate.latency_s + comm.bytes * rate.seconds_per_byte)
-            out.comms.append(CommTime(comm.scope, kind, size, comm.bytes, forward, backward, seconds, rate.level))
+            stride = self.degrees.strides[comm.axis]
+            out.comms.append(
+                CommTime(comm.scope, kind, size, comm.bytes, forward, backward, seconds, rate.level, stride, between)
+            )
             if kind == "all_to_all":
                 out.forward_all_to_all_s = out.forward_all_to_all_s + forward * seconds
                 out.backward_all_to_all_s = out.backward_all_to_all_s + backward * seconds
                 if comm.hot:
-                    out.hot_s = out.hot_s + (forward + backward) * (seconds - rate.latency_s) * (self.busiest - 1)
+                    out.hot_unit_s = out.hot_unit_s + (forward + backward) * (seconds - rate.latency_s)
             else:
                 out.forward_other_s = out.forward_other_s + forward * seconds
                 out.backward_other_s = out.backward_other_s + backward * seconds

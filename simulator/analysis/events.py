@@ -1,0 +1,150 @@
+"""The step by events: set the engine up from a job, run it, and read step time and parts off the timeline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from hw_profiles.cluster import Cluster
+from simulator.analysis.closed_form import ClosedForm
+from simulator.costs.piece_times import Timer
+from simulator.costs.reductions import StateCosts
+from simulator.engine.orders import ORDERS
+from simulator.engine.run import Engine, Run, Setup
+from simulator.engine.transport import solo
+from simulator.engine.work import WorkBuilder
+from simulator.job.job import Job
+from simulator.job.rules import Degrees
+from simulator.kernels.roofline import Kernels
+from simulator.network.collectives import Network
+from simulator.results.forecast import Parts, StageMemory
+from simulator.results.timeline import Timeline
+from simulator.workload.habits import Habits
+from simulator.workload.stages import Workload
+
+
+@dataclass(frozen=True, slots=True)
+class EventOptions:
+    """Choices of a run by events: seed of the routing draws, whether equal groups are folded, stragglers."""
+
+    seed: int = 0
+    fold: bool = True
+    stragglers: dict[int, float] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class EventResult:
+    """The step by events."""
+
+    step_s: float
+    parts: Parts
+    timeline: Timeline
+    run: Run
+    notes: list[str]
+
+
+def even(group: int, stage: int, microbatch: int) -> float:
+    """No excess load anywhere."""
+    del group, stage, microbatch
+    return 0.0
+
+
+def constant(excess: float) -> Callable[[int, int, int], float]:
+    """The same excess everywhere: the closed form's expectation."""
+    return lambda group, stage, microbatch: excess
+
+
+def set_up(
+    job: Job,
+    cluster: Cluster,
+    degrees: Degrees,
+    habits: Habits,
+    workload: Workload,
+    kernels: Kernels,
+    formula: ClosedForm,
+    memory: tuple[StageMemory, ...],
+    excess: Callable[[int, int, int], float],
+    options: EventOptions,
+) -> Setup:
+    """Everything the engine needs, from what the closed form already priced."""
+    timer = Timer(job, cluster, degrees, habits, kernels, 1.0)
+    costs = StateCosts(job, cluster, degrees, habits, kernels, timer)
+    devices = WorkBuilder(job, degrees, habits, workload, formula.piece_times, costs).devices()
+    schedule = job.plan.schedule if degrees.pipeline > 1 else "1f1b"
+    virtual = job.plan.virtual_stages
+    stages = degrees.pipeline
+    # Under DualPipe the microbatches are counted from both ends.
+    orders = [ORDERS[schedule](p, stages, degrees.microbatches, virtual) for p in range(stages)]
+    groups = 1 if options.fold and not options.stragglers else _groups(job, degrees)
+    hop = 0.0
+    if stages > 1:
+        _, rate = timer.rate("pipeline", "permute")
+        hop = rate.seconds(max(p.work.boundary_bytes for p in workload.pieces if p.is_layer))
+    per_stage = degrees.data * degrees.tensor * degrees.context
+
+    def straggler(stage: int, group: int) -> float:
+        if not options.stragglers:
+            return 1.0
+        # A group waits for its slowest member at every exchange.
+        return max(
+            (f for d, f in options.stragglers.items() if _class_of(d, degrees, groups) == (stage, group)), default=1.0
+        )
+
+    return Setup(
+        schedule=schedule,
+        orders=orders,
+        devices=devices,
+        microbatches=degrees.microbatches,
+        virtual=virtual,
+        hop_s=hop,
+        slowdown=cluster.chip.overlap_slowdown.value - 1,
+        groups=groups,
+        replicas=per_stage // groups,
+        excess=excess,
+        straggler=straggler,
+        base_bytes=[m.peak_bytes - m.activations_bytes for m in memory],
+        host_s=cluster.chip.host_step_overhead_us.value * 1e-6,
+    )
+
+
+def _groups(job: Job, degrees: Degrees) -> int:
+    """Groups of a stage that run apart from one another: expert groups, or data ranks of a dense model."""
+    return degrees.expert_data if job.model.moes and degrees.expert > 1 else degrees.data * degrees.context
+
+
+def _class_of(device: int, degrees: Degrees, groups: int) -> tuple[int, int]:
+    stage = device // degrees.strides["pipeline"] % degrees.pipeline
+    inside = (
+        device // degrees.strides["expert"] // degrees.expert
+        if groups == degrees.expert_data
+        else device // degrees.tensor
+    )
+    return stage, inside % groups
+
+
+def run_events(setup: Setup, transport: Callable[[Any], Any]) -> EventResult:
+    """Run the engine, and take the parts of the step from what its classes spent."""
+    run = Engine(setup, transport).run()
+    n = len(run.spent)
+
+    def mean(name: str) -> float:
+        return float(sum(getattr(s, name) for s in run.spent) / n)
+
+    step = run.step_s
+    compute, a2a, other, imbalance = mean("compute_s"), mean("all_to_all_s"), mean("other_s"), mean("imbalance_s")
+    host = mean("host_s") + setup.host_s
+    left = step - compute - a2a - other - imbalance - host
+    bubble = max(left, 0.0) if len(setup.devices) > 1 or setup.groups > 1 else 0.0
+    stages = len(setup.devices)
+    names = tuple(
+        f"stage {p}" + (f", group {g}" if setup.groups > 1 else "") for p in range(stages) for g in range(setup.groups)
+    )
+    timeline = run.recorder.timeline(step, names, (setup.replicas,) * n, run.memory, ())
+    return EventResult(step, Parts(compute, a2a, other, host, imbalance, bubble), timeline, run, [])
+
+
+def solo_transport(cluster: Cluster) -> Callable[[Any], Any]:
+    """Collectives at their solo rates."""
+    factory: Callable[[Any], Any] = solo(Network(cluster))
+    return factory

@@ -1,0 +1,86 @@
+"""What a stage does with its weights and gradients once a step (or once a microbatch): collectives and the update."""
+
+from __future__ import annotations
+
+from hw_profiles.cluster import Cluster
+from simulator.costs.piece_times import CommTime, Timer
+from simulator.job.job import Job
+from simulator.job.rules import Degrees
+from simulator.kernels.roofline import Kernels
+from simulator.numbers import Number
+from simulator.workload.habits import Habits
+from simulator.workload.memory import Shards
+
+
+class StateCosts:
+    """Collectives on weights and gradients of a stage, and the optimiser's update."""
+
+    def __init__(
+        self, job: Job, cluster: Cluster, degrees: Degrees, habits: Habits, kernels: Kernels, timer: Timer
+    ) -> None:
+        self.job, self.cluster, self.degrees, self.habits = job, cluster, degrees, habits
+        self.kernels, self.timer = kernels, timer
+        self.shards = Shards.of(degrees)
+
+    def _comm(self, scope: str, kind: str, size: int, axis: str, bytes_: Number, apart: int = 1) -> CommTime:
+        rate = self.timer.rate_of(kind, size, axis, apart)
+        stride = self.degrees.strides[axis] * apart
+        return CommTime(scope, kind, size, bytes_, 0, 1, rate.seconds(bytes_), rate.level, stride)
+
+    def reductions(self, dense: Number, expert: Number) -> list[CommTime]:
+        """The collectives that reduce a stage's gradients once.
+
+        ZeRO 2 and 3 reduce-scatter within the shard group and all-reduce between its replicas; ZeRO 1 reduce-scatters
+        over all replicas; otherwise an all-reduce.
+        """
+        d, zero = self.degrees, self.job.plan.shard
+        out = []
+        for axis, size, shard, parameters, what in (
+            ("replica", d.data * d.context, self.shards.dense, dense, "gradients"),
+            ("expert_data", d.expert_data, self.shards.expert, expert, "experts.gradients"),
+        ):
+            bytes_ = parameters * self.habits.reduction_bytes
+            if size <= 1 or not parameters:
+                continue
+            if zero in ("gradients", "parameters") and shard > 1 and not self._reduces_whole(shard):
+                out.append(self._comm(f"{what}.reduce_scatter", "reduce_scatter", shard, axis, bytes_))
+                if size > shard:
+                    out.append(
+                        self._comm(f"{what}.all_reduce", "all_reduce", size // shard, axis, bytes_ / shard, shard)
+                    )
+            elif zero == "optimizer":
+                out.append(self._comm(f"{what}.reduce_scatter", "reduce_scatter", size, axis, bytes_))
+            else:
+                out.append(self._comm(f"{what}.all_reduce", "all_reduce", size, axis, bytes_))
+        return out
+
+    def _reduces_whole(self, shard: int) -> bool:
+        """XLA:TPU all-reduces wide FSDP gradients (v5e, v5p, v6e, seen at 64 ways; facts/aot.md), TPU 7x does not."""
+        chip = self.cluster.chip
+        return self.habits.xla and chip.kind == "tpu" and chip.name != "tpu7x" and shard > 8
+
+    @property
+    def every_microbatch(self) -> bool:
+        """Whether gradients are reduced after every microbatch (ZeRO 2 and 3) and not once a step."""
+        return self.job.plan.shard in ("gradients", "parameters") and self.degrees.microbatches > 1
+
+    def new_weights(self, dense: Number, expert: Number) -> list[CommTime]:
+        """ZeRO 1's gather of the updated weights, which the next forward pass needs."""
+        out = []
+        if self.job.plan.shard == "optimizer":
+            for axis, size, parameters, what in (
+                ("replica", self.shards.dense, dense, "parameters"),
+                ("expert_data", self.shards.expert, expert, "experts.parameters"),
+            ):
+                if size > 1 and parameters:
+                    bytes_ = parameters * self.habits.gather_bytes
+                    out.append(self._comm(f"{what}.all_gather", "all_gather", size, axis, bytes_))
+        return out
+
+    def update_s(self, dense: Number, expert: Number) -> Number:
+        """Seconds of the optimiser: gradients read, states and weights read and written, on this device's shard."""
+        s = self.shards if self.job.plan.shard != "none" else Shards(1, 1)
+        h = self.habits
+        second = 0.0 if h.factored_second_moment else h.second_moment_bytes
+        each = h.gradient_bytes + 2 * (h.first_moment_bytes + second + h.master_bytes) + 2 * h.parameter_bytes
+        return self.kernels.stream_s(each * (dense / s.dense + expert / s.expert))

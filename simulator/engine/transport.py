@@ -1,0 +1,39 @@
+"""How the engine's transfers move: alone at their own rate, or sharing the links of a real topology."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import simpy
+
+from simulator.engine.work import Transfer
+from simulator.network.collectives import Network
+
+
+class Solo:
+    """Every transfer at its rate alone: the closed form's view of the network.
+
+    A class sends its states (weights, gradients) one collective after the other, since they share its cards; its
+    all-to-alls do not wait for them.
+    """
+
+    def __init__(self, env: simpy.Environment, network: Network) -> None:
+        self.env, self.network = env, network
+        self._free: dict[tuple[int, int, bool], float] = {}
+
+    def seconds(self, t: Transfer) -> float:
+        """Seconds of a transfer: its calls' latencies, and its bytes at the solo rate."""
+        rate = self.network.rate(t.kind, t.size, t.stride, t.between)
+        return t.calls * rate.latency_s + t.bytes * rate.seconds_per_byte
+
+    def transfer(self, t: Transfer, stage: int, group: int) -> simpy.Event:
+        """Start it now; the event fires with the time of its end."""
+        lane = (stage, group, t.name == "all-to-all")
+        end = max(self.env.now, self._free.get(lane, 0.0)) + self.seconds(t)
+        self._free[lane] = end
+        return self.env.timeout(end - self.env.now, value=end)
+
+
+def solo(network: Network) -> Any:
+    """Transport factory for `Engine`."""
+    return lambda env: Solo(env, network)
