@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from simulator.results.timeline import KINDS, LinkUse, Timeline
+from simulator.results.links import LinkUse
+from simulator.results.timeline import KINDS, Timeline
 
 KIND = {name: i for i, name in enumerate(KINDS)}
 COMPUTE, NETWORK = 0, 1

@@ -6,8 +6,14 @@ Seconds, bytes, FLOPs and dollars throughout; human units appear only where a pe
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from simulator.results.links import LinkUse
+
+if TYPE_CHECKING:
+    # NumPy stays out of a closed-form answer's start-up.
+    from simulator.results.timeline import Timeline
 
 VERSION = "1"
 
@@ -174,6 +180,27 @@ class Evidence:
 
 
 @dataclass(frozen=True, slots=True)
+class Events:
+    """What only the run by events knows.
+
+    `difference` is events over closed form, minus one; `missed` names what the formula left out where that is more than
+    2 %. `percentiles_s` are p50, p95 and p99 of the step over draws of the routing; `out_of_memory_probability` the share
+    of draws in which a dropless step exceeds the memory (both None where routing is not drawn). `critical_path_s` are
+    the seconds of each kind of work on the critical path; `links` the busiest links.
+    """
+
+    closed_form_step_time_s: float
+    difference: float
+    missed: tuple[str, ...]
+    seed: int
+    folded: bool
+    percentiles_s: dict[str, float] | None
+    out_of_memory_probability: float | None
+    critical_path_s: dict[str, float]
+    links: tuple[LinkUse, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class JobSummary:
     """The question in one place, for tables and reports."""
 
@@ -220,11 +247,15 @@ class Forecast:
     routing: Routing
     cost: Cost
     evidence: Evidence
+    events: Events | None = None
+    timeline: Timeline | None = None
     version: str = field(default=VERSION)
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form: plain numbers, strings, lists and mappings."""
-        out: dict[str, Any] = asdict(self)
+        # The timeline is a table of its own (`--perfetto`, the report); JSON has its summary.
+        out: dict[str, Any] = asdict(replace(self, timeline=None))
+        del out["timeline"]
         memory, worst = out["memory"], self.memory.worst
         del out["parts"]
         out["time"] = {"parts": asdict(self.parts), "step_time_s": self.step_time_s}

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from simulator.results.links import LinkUse
+
 VERSION = "1"
 
 # Streams of a device, and what an interval is (`kinds` index these).
@@ -46,14 +48,3 @@ class Timeline:
 
     def __len__(self) -> int:
         return len(self.start_s)
-
-
-@dataclass(frozen=True, slots=True)
-class LinkUse:
-    """One directed link: bytes it carried in the step, and the share of the step that these take at its full rate."""
-
-    name: str
-    level: str
-    bytes: float
-    bytes_per_s: float
-    utilisation: float

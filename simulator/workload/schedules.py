@@ -14,7 +14,8 @@ found as the longest path through those orders and are exact there for equal sta
 - Interleaved (arXiv:2104.04473): M max + (sum - max)/V, within 9 % when chunks differ by 20 %. Hops 2c(PV-1).
 - ZB-H1 (arXiv:2401.10241): (P-1)(f+b-w) idle. Hops 4c(P-1).
 - DualPipe (arXiv:2412.19437, table 2): (P/2-1)(F&B + b + w - 3w) idle, F&B a forward and a backward run together; with
-  unequal stages see `_dualpipe` (within 5 % low and 7 % high at 30 % spread). Two copies of the parameters. Hops c[(P-1)M/P + max(1, 3P/2-3)].
+  unequal stages see `_dualpipe` (5 % low to 7 % high at 30 % spread). Two copies of the parameters.
+  Hops c[(P-1)M/P + max(1, 3P/2-3)].
 """
 
 from __future__ import annotations
