@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from hw_profiles.cluster import Cluster
-from simulator.analysis.closed_form import ClosedForm
+from hw_profiles.errors import QuestionError
+from simulator.analysis.closed_form import ClosedForm, busiest_rank
+from simulator.analysis.event_options import EventOptions
 from simulator.costs.piece_times import Timer
 from simulator.costs.reductions import StateCosts
 from simulator.engine.orders import ORDERS
@@ -18,30 +20,78 @@ from simulator.job.job import Job
 from simulator.job.rules import Degrees
 from simulator.kernels.roofline import Kernels
 from simulator.network.collectives import Network
-from simulator.results.forecast import Parts, StageMemory
-from simulator.results.timeline import Timeline
+from simulator.results.forecast import Events, Memory, Parts, StageMemory
+from simulator.results.timeline import KINDS, Timeline
 from simulator.workload.habits import Habits
 from simulator.workload.stages import Workload
 
 
-@dataclass(frozen=True, slots=True)
-class EventOptions:
-    """Choices of a run by events: seed of the routing draws, whether equal groups are folded, stragglers."""
-
-    seed: int = 0
-    fold: bool = True
-    stragglers: dict[int, float] = field(default_factory=dict)
-
-
 @dataclass(slots=True)
 class EventResult:
-    """The step by events."""
+    """The step by events; `all_to_all_s` is all their time on a device, hidden or not, mean over classes."""
 
     step_s: float
     parts: Parts
     timeline: Timeline
     run: Run
-    notes: list[str]
+    all_to_all_s: float
+    events: Events | None = None
+
+
+def by_events(
+    job: Job,
+    cluster: Cluster,
+    degrees: Degrees,
+    habits: Habits,
+    workload: Workload,
+    kernels: Kernels,
+    formula: ClosedForm,
+    memory: Memory,
+    options: EventOptions | None,
+) -> EventResult:
+    """The step of `job` by events, with what the closed form missed.
+
+    Raises QuestionError where the step cannot end, or an option names what is not there.
+    """
+    chosen = options or EventOptions()
+    for device, factor in chosen.stragglers.items():
+        if not 0 <= device < cluster.devices:
+            raise QuestionError(f"straggler {device}: devices are 0 to {cluster.devices - 1}")
+        if not 0 < factor < float("inf"):
+            raise QuestionError(f"straggler {device} = {factor}: a factor is a positive number")
+    excess = constant(busiest_rank(job, degrees, workload) - 1)
+    setup = set_up(job, cluster, degrees, habits, workload, kernels, formula, memory.by_stage, excess, chosen)
+    result = run_events(setup, solo_transport(cluster))
+    difference = result.step_s / float(formula.step_s) - 1
+    result.events = Events(
+        closed_form_step_time_s=float(formula.step_s),
+        difference=difference,
+        missed=missed(formula.parts, result.parts, float(formula.step_s)) if abs(difference) > 0.02 else (),
+        seed=chosen.seed,
+        folded=setup.groups == 1,
+        percentiles_s=None,
+        out_of_memory_probability=None,
+        critical_path_s={},
+        links=(),
+    )
+    return result
+
+
+# What a difference in each part of the step says about the formula.
+REASONS = {
+    "compute_s": "slower devices (stragglers), which formulas do not know",
+    "all_to_all_s": "all-to-alls beside other traffic, or hidden more or less than layer by layer",
+    "communication_s": "gradients and weights sharing links, or late for a stage that needs them",
+    "imbalance_s": "the draw of the routing differs from its expectation",
+    "bubble_s": "waiting in the pipeline: unequal stages, hops, or the slowest group",
+}
+
+
+def missed(formula: Parts, events: Parts, step_s: float) -> tuple[str, ...]:
+    """The parts of the step that differ by more than half a per cent of it, largest first, with what that means."""
+    changes = {name: getattr(events, name) - getattr(formula, name) for name in REASONS}
+    large = sorted((n for n, d in changes.items() if abs(d) > 0.005 * step_s), key=lambda n: -abs(changes[n]))
+    return tuple(f"{n.removesuffix('_s')} {changes[n] / step_s:+.1%} of the step: {REASONS[n]}" for n in large)
 
 
 def even(group: int, stage: int, microbatch: int) -> float:
@@ -141,7 +191,9 @@ def run_events(setup: Setup, transport: Callable[[Any], Any]) -> EventResult:
         f"stage {p}" + (f", group {g}" if setup.groups > 1 else "") for p in range(stages) for g in range(setup.groups)
     )
     timeline = run.recorder.timeline(step, names, (setup.replicas,) * n, run.memory, ())
-    return EventResult(step, Parts(compute, a2a, other, host, imbalance, bubble), timeline, run, [])
+    rows = timeline.kind == KINDS.index("all-to-all")
+    exchanged = float((timeline.end_s[rows] - timeline.start_s[rows]).sum()) / n
+    return EventResult(step, Parts(compute, a2a, other, host, imbalance, bubble), timeline, run, exchanged)
 
 
 def solo_transport(cluster: Cluster) -> Callable[[Any], Any]:

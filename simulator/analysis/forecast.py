@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from hw_profiles.cluster import Cluster
-from hw_profiles.errors import QuestionError
+from hw_profiles.errors import QuestionError, nearest
 from hw_profiles.loader import resolve_cluster
 from hw_profiles.schema import Chip
 from simulator.analysis.closed_form import ClosedForm, StageResult, busiest_rank, closed_form
+from simulator.analysis.event_options import EventOptions
 from simulator.analysis.evidence import INTERVAL_MEANING, cost_of, gather_evidence, interval
 from simulator.job.job import Capacity, Job, RematPolicy
 from simulator.job.rules import Degrees, resolve
@@ -20,41 +21,58 @@ from simulator.workload.memory import argument_bytes, stage_memories
 from simulator.workload.parameters import count_parameters
 from simulator.workload.stages import Workload, build_workload, offload_names
 
-ENGINES = ("closed-form",)
+ENGINES = ("events", "closed-form")
 CONVENTION = "3 x forward; attention halved for causal masks; logits counted; no recompute, padding or drops"
 GIB = 2**30
 
 
 def forecast(
-    job: Job, *, engine: str = "closed-form", chip: Chip | None = None, profile: str | None = None
+    job: Job,
+    *,
+    engine: str = "events",
+    chip: Chip | None = None,
+    profile: str | None = None,
+    options: EventOptions | None = None,
 ) -> Forecast:
     """The forecast of `job`; `chip` replaces the cluster's chip profile (and `profile` is the name to show for it).
 
-    Raises QuestionError where the job breaks a rule of its model or cluster. A job that does not fit in memory is
-    forecast all the same: `forecast.memory.fits` says so.
+    `engine` is events (the discrete-event engine) or closed-form (formulas only, some milliseconds). Raises
+    QuestionError where the job breaks a rule of its model or cluster. A job that does not fit in memory is forecast all
+    the same: `forecast.memory.fits` says so.
     """
     if engine not in ENGINES:
-        raise QuestionError(f"engine = {engine!r}: known engines: {', '.join(ENGINES)}")
+        raise QuestionError(f"engine = {engine!r}: known engines: {', '.join(ENGINES)}{nearest(engine, ENGINES)}")
     cluster = resolve_cluster(job.cluster, chip=chip)
-    return forecast_on(job, cluster, profile or f"{cluster.chip.name} as shipped")
+    return forecast_on(job, cluster, profile or f"{cluster.chip.name} as shipped", engine, options)
 
 
-def forecast_on(job: Job, cluster: Cluster, profile: str) -> Forecast:
+def forecast_on(
+    job: Job, cluster: Cluster, profile: str, engine: str = "closed-form", options: EventOptions | None = None
+) -> Forecast:
     """The forecast of `job` on an already resolved `cluster`."""
     degrees = resolve(job, cluster)
     habits = habits_of(job, cluster.chip.kind, accumulates=degrees.microbatches > 1)
     workload = build_workload(job, degrees, habits)
     kernels = Kernels(cluster.chip)
-    result = closed_form(job, cluster, degrees, habits, workload, kernels)
-    step = float(result.step_s)
+    formula = closed_form(job, cluster, degrees, habits, workload, kernels)
+    memory = _memory(job, cluster, degrees, habits, workload)
+    step, parts, all_to_all = float(formula.step_s), formula.parts, _all_to_all(formula.stages)
+    events = timeline = None
+    if engine == "events":
+        # NumPy and SimPy are loaded only for an answer that needs them.
+        from simulator.analysis.events import by_events
+
+        answer = by_events(job, cluster, degrees, habits, workload, kernels, formula, memory, options)
+        step, parts, events, timeline = answer.step_s, answer.parts, answer.events, answer.timeline
+        all_to_all = AllToAll(answer.all_to_all_s, parts.all_to_all_s, all_to_all.bytes_per_device)
     tokens = job.tokens_per_step
-    flops = _flops(job, degrees, result)
+    flops = _flops(job, degrees, formula)
     peak = kernels.peak(habits.matmul_dtype)
     return Forecast(
         job=_summary(job, cluster, degrees),
-        engine="closed-form",
+        engine=engine,
         step_time_s=step,
-        step_time_interval_s=interval(result.parts, cluster, kernels, habits),
+        step_time_interval_s=interval(parts, cluster, kernels, habits),
         interval_meaning=INTERVAL_MEANING,
         sequences_per_s=job.batch.sequences / step,
         tokens_per_s=tokens / step,
@@ -62,14 +80,16 @@ def forecast_on(job: Job, cluster: Cluster, profile: str) -> Forecast:
         mfu=flops.model_per_step / (step * cluster.devices * peak),
         hfu=flops.executed_per_device / (step * peak),
         flops=flops,
-        memory=_memory(job, cluster, degrees, habits, workload),
-        parts=result.parts,
-        all_to_all=_all_to_all(result.stages),
-        collectives=_collectives(result.stages),
-        ops=_ops(degrees, workload, result),
+        memory=memory,
+        parts=parts,
+        all_to_all=all_to_all,
+        collectives=_collectives(formula.stages),
+        ops=_ops(degrees, workload, formula),
         routing=_routing(job, degrees, workload),
         cost=cost_of(cluster, step, tokens),
         evidence=gather_evidence(job, cluster, degrees, habits, kernels, _warnings(job, cluster, workload), profile),
+        events=events,
+        timeline=timeline,
     )
 
 

@@ -214,6 +214,7 @@ class Engine:
         env, setup, spent = self.env, self.setup, self.spent[p * self.setup.groups + g]
         index, work = p * setup.groups + g, setup.devices[p]
         passes = [(a, one) for a in actions for one in _passes(work.chunks[a.chunk], a)]
+        self._remember(index, actions, work, FORWARD)
         straggle = setup.straggler(p, g)
         compute = sum(one.compute_s for _, one in passes) * straggle
         start = env.now
@@ -248,7 +249,7 @@ class Engine:
             self._charge(spent, t, env.now - begin)
             row = self._row(index, NETWORK, TRANSFER_KIND[t.name], actions[0], begin, row)
         row = yield from self._rest(p, g, passes, actions[0], row)
-        self._remember(index, actions, work)
+        self._remember(index, actions, work, BACKWARD)
         return row
 
     def _rest(
@@ -418,15 +419,15 @@ class Engine:
     def _row(self, index: int, stream: int, kind: int, a: Action, begin: float, before: int) -> int:
         return self.record.add(index, stream, kind, a.chunk, a.microbatch, begin, self.env.now, before)
 
-    def _remember(self, index: int, actions: tuple[Action, ...], work: DeviceWork) -> None:
-        """Memory after an action: a forward keeps its chunk's activations, the last part of its backward frees them."""
-        times, bytes_ = self.memory[index]
-        change = sum(
-            work.chunks[a.chunk].kept_bytes * (1 if a.kind == FORWARD else -1) for a in actions if a.kind != INPUT
-        )
+    def _remember(self, index: int, actions: tuple[Action, ...], work: DeviceWork, kind: str) -> None:
+        """Memory: a forward keeps its chunk's activations from its start, the end of a backward frees them."""
+        freed = kind == BACKWARD
+        kinds = (BACKWARD, WEIGHT) if freed else (FORWARD,)
+        change = sum(work.chunks[a.chunk].kept_bytes for a in actions if a.kind in kinds)
         if change:
+            times, bytes_ = self.memory[index]
             times.append(float(self.env.now))
-            bytes_.append(bytes_[-1] + change)
+            bytes_.append(bytes_[-1] - change if freed else bytes_[-1] + change)
 
 
 def _both(action: Action) -> tuple[Action, ...]:

@@ -19,7 +19,7 @@ class Solo:
 
     def __init__(self, env: simpy.Environment, network: Network) -> None:
         self.env, self.network = env, network
-        self._free: dict[tuple[int, int, bool], float] = {}
+        self._free: dict[tuple[int, bool], dict[int, float]] = {}
 
     def seconds(self, t: Transfer) -> float:
         """Seconds of a transfer: its calls' latencies, and its bytes at the solo rate."""
@@ -28,9 +28,10 @@ class Solo:
 
     def transfer(self, t: Transfer, stage: int, group: int) -> simpy.Event:
         """Start it now; the event fires with the time of its end."""
-        lane = (stage, group, t.name == "all-to-all")
-        end = max(self.env.now, self._free.get(lane, 0.0)) + self.seconds(t)
-        self._free[lane] = end
+        lanes = self._free.setdefault((stage, t.name == "all-to-all"), {})
+        # Group -1 is all groups together: they share the lane that it holds.
+        before = max(lanes.values(), default=0.0) if group == -1 else max(lanes.get(group, 0.0), lanes.get(-1, 0.0))
+        end = lanes[group] = max(self.env.now, before) + self.seconds(t)
         return self.env.timeout(end - self.env.now, value=end)
 
 

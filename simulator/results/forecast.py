@@ -184,9 +184,9 @@ class Events:
     """What only the run by events knows.
 
     `difference` is events over closed form, minus one; `missed` names what the formula left out where that is more than
-    2 %. `percentiles_s` are p50, p95 and p99 of the step over draws of the routing; `out_of_memory_probability` the share
-    of draws in which a dropless step exceeds the memory (both None where routing is not drawn). `critical_path_s` are
-    the seconds of each kind of work on the critical path; `links` the busiest links.
+    2 %. `percentiles_s` are p50, p95 and p99 of the step over draws of the routing; `out_of_memory_probability` the
+    share of draws in which a dropless step exceeds the memory (both None where routing is not drawn).
+    `critical_path_s` are the seconds of each kind of work on the critical path; `links` the busiest links.
     """
 
     closed_form_step_time_s: float
