@@ -10,6 +10,7 @@ import simpy
 from simulator.engine.orders import ORDERS
 from simulator.engine.run import Engine, Run, Setup
 from simulator.engine.work import ChunkWork, DeviceWork, PassWork, Transfer
+from simulator.network.flight import TICK_S
 from simulator.results.timeline import KINDS
 
 SHORT = {"forward": "F", "backward": "B", "input gradient": "I", "weight gradient": "W", "forward and backward": "FB"}
@@ -23,7 +24,11 @@ class Instant:
 
     def transfer(self, t: Transfer, stage: int, group: int) -> simpy.Event:
         del stage, group
-        return self.env.timeout(t.bytes, value=self.env.now + t.bytes)
+        ticks = round(t.bytes / TICK_S)
+        return self.env.timeout(ticks, value=self.env.now + ticks)
+
+    def ended(self, event: simpy.Event) -> float:
+        return event.value * TICK_S
 
 
 def chunk(f: float = 1.0, i: float = 1.0, w: float = 1.0, kept: float = 1.0, **transfers: list[Transfer]) -> ChunkWork:

@@ -1,7 +1,8 @@
 """The engine: every pipeline rank runs its order on SimPy; waiting, overlap and contention are what happens.
 
-Contract of simultaneous events: SimPy processes events of one instant in the order in which they were scheduled; device
-classes are started in order of (stage, group), so that a run is repeatable to the last bit for a seed.
+The clock counts ticks of a nanosecond. Contract of simultaneous events: SimPy processes events of one instant in the
+order in which they were scheduled; device classes are started in order of (stage, group), so that a run is repeatable
+to the last bit for a seed.
 
 One process drives one device class: the ranks of a stage (or, unfolded, of one expert group of a stage). What happens
 inside a class between two points where others may have to wait is one event.
@@ -19,6 +20,7 @@ from hw_profiles.errors import QuestionError
 from simulator.engine.orders import BACKWARD, FORWARD, INPUT, WEIGHT, Action, model_stage
 from simulator.engine.record import COMPUTE, KIND, NETWORK, Recorder, Spent
 from simulator.engine.work import ChunkWork, DeviceWork, PassWork, Transfer
+from simulator.network.flight import TICK_S
 
 PASS_KIND = {
     FORWARD: KIND["forward"],
@@ -133,12 +135,12 @@ class Engine:
         self._rows[key] = row
         arrival = self._arrivals.pop(key, None)
         if arrival is None:
-            self._arrivals[key] = self.env.timeout(self.setup.hop_s)
+            self._arrivals[key] = self._pause(self.setup.hop_s)
         else:
             self.env.process(self._deliver(arrival))
 
     def _deliver(self, arrival: simpy.Event) -> Generator[simpy.Event, Any, None]:
-        yield self.env.timeout(self.setup.hop_s)
+        yield self._pause(self.setup.hop_s)
         arrival.succeed()
 
     def _arrival(self, key: tuple[str, int, int, int, int]) -> simpy.Event:
@@ -166,7 +168,7 @@ class Engine:
         previous = yield from self._alone(p, g, work.gathers, "gather", -1)
         for i, action in enumerate(order):
             actions = _both(action)
-            before, wait_from = previous, self.env.now
+            before, wait_from = previous, self._now()
             for a in actions:
                 key = self._need(p, g, a)
                 if key is not None:
@@ -174,8 +176,8 @@ class Engine:
                     self._waiting[index] = f"microbatch {a.microbatch} of stage {key[1]} ({key[0]})"
                     if not arrival.processed:
                         yield arrival
-                        if self.env.now > wait_from:
-                            before, wait_from = self._rows.get(key, -1), self.env.now
+                        if self._now() > wait_from:
+                            before, wait_from = self._rows.get(key, -1), self._now()
                     self._arrivals.pop(key, None)
             slices = self._slices(work, first, last, i, actions)
             self._waiting[index] = f"its own {action.kind} of microbatch {action.microbatch}"
@@ -183,7 +185,7 @@ class Engine:
             for a in actions:
                 self._announce(p, g, a, previous)
         yield from self._finish(p, g, work, pending, previous)
-        self.finished[index] = self.env.now
+        self.finished[index] = self._now()
 
     def _slices(
         self, work: DeviceWork, first: dict[int, int], last: dict[int, int], i: int, actions: tuple[Action, ...]
@@ -211,28 +213,28 @@ class Engine:
         before: int,
     ) -> Generator[simpy.Event, Any, int]:
         """Run one action (or a forward and a backward together); returns its row."""
-        env, setup, spent = self.env, self.setup, self.spent[p * self.setup.groups + g]
+        setup, spent = self.setup, self.spent[p * self.setup.groups + g]
         index, work = p * setup.groups + g, setup.devices[p]
         passes = [(a, one) for a in actions for one in _passes(work.chunks[a.chunk], a)]
         self._remember(index, actions, work, FORWARD)
         straggle = setup.straggler(p, g)
         compute = sum(one.compute_s for _, one in passes) * straggle
-        start = env.now
+        start = self._now()
         beside = [t for _, one in passes for t in one.transfers if t.overlapped]
         serial = [t for _, one in passes for t in one.transfers if not t.overlapped]
         running = [(t, self._send(p, g, t)) for t in beside]
         if slices[0]:
             compute_end = yield from self._sliced(p, g, actions, compute, slices, pending)
         else:
-            yield env.timeout(compute)
-            compute_end = env.now
+            yield self._pause(compute)
+            compute_end = self._now()
         spent.compute_s += compute
         # Gathers that a layer had to wait for are exposed communication.
         spent.other_s += max(0.0, compute_end - start - compute)
         if running:
             yield from self._hidden(running, spent, start, compute)
         kind = KIND["forward and backward"] if len(actions) > 1 else PASS_KIND[actions[0].kind]
-        row = self.record.add(index, COMPUTE, kind, actions[0].chunk, actions[0].microbatch, start, env.now, before)
+        row = self.record.add(index, COMPUTE, kind, actions[0].chunk, actions[0].microbatch, start, self._now(), before)
         for t, event in running:
             self.record.add(
                 index,
@@ -241,12 +243,12 @@ class Engine:
                 actions[0].chunk,
                 actions[0].microbatch,
                 start,
-                event.value or env.now,
+                self.transport.ended(event) if event.processed else self._now(),
             )
         for t in serial:
-            begin = env.now
+            begin = self._now()
             yield self._send(p, g, t)
-            self._charge(spent, t, env.now - begin)
+            self._charge(spent, t, self._now() - begin)
             row = self._row(index, NETWORK, TRANSFER_KIND[t.name], actions[0], begin, row)
         row = yield from self._rest(p, g, passes, actions[0], row)
         self._remember(index, actions, work, BACKWARD)
@@ -271,8 +273,8 @@ class Engine:
         total = sum(seconds for _, seconds in parts)
         if total <= 0:
             return row
-        begin = self.env.now
-        yield self.env.timeout(total)
+        begin = self._now()
+        yield self._pause(total)
         for name, seconds in parts:
             if seconds > 0:
                 stream = NETWORK if name == "tensor" else COMPUTE
@@ -293,21 +295,20 @@ class Engine:
         self, running: list[tuple[Transfer, simpy.Event]], spent: Spent, start: float, compute: float
     ) -> Generator[simpy.Event, Any, None]:
         """Wait for overlapped transfers; what runs beside them takes longer by the profile's factor."""
-        env = self.env
         open_ = [event for _, event in running if not event.processed]
-        latest = max((_ended(event) for _, event in running if event.processed), default=start)
+        latest = max((self.transport.ended(event) for _, event in running if event.processed), default=start)
         together = compute if open_ else min(compute, latest - start)
         slow = self.setup.slowdown * together
         if slow > 0:
-            yield env.timeout(slow)
+            yield self._pause(slow)
             spent.all_to_all_s += slow if any(t.name == "all-to-all" for t, _ in running) else 0.0
             spent.other_s += 0.0 if any(t.name == "all-to-all" for t, _ in running) else slow
         # All-to-all first: where both are late, its wait counts as its own.
         for t, event in sorted(running, key=lambda x: x[0].name != "all-to-all"):
             if not event.processed:
-                begin = env.now
+                begin = self._now()
                 yield event
-                self._charge(spent, t, env.now - begin)
+                self._charge(spent, t, self._now() - begin)
 
     def _sliced(
         self,
@@ -329,17 +330,17 @@ class Engine:
             for event in gathers[layer] if gathers else ():
                 if not event.processed:
                     yield event
-            begin, under_way = self.env.now, [event for event in pending if not event.processed]
-            yield self.env.timeout(compute / layers)
+            begin, under_way = self._now(), [event for event in pending if not event.processed]
+            yield self._pause(compute / layers)
             # Reductions of the layers before ran beside this one, for as long as they lasted.
-            until = max((_ended(e) if e.processed else self.env.now for e in under_way), default=begin)
+            until = max((self.transport.ended(e) if e.processed else self._now() for e in under_way), default=begin)
             if until > begin:
-                yield self.env.timeout(self.setup.slowdown * (until - begin))
+                yield self._pause(self.setup.slowdown * (until - begin))
             for when, transfers in bound:
                 if when == "after":
                     for j, t in enumerate(transfers):
                         pending.append(self._shared(p, g, _part(t, 1 / layers), ("reduce", p, chunk, j, layer)))
-        return float(self.env.now)
+        return self._now()
 
     def _chain(
         self, p: int, g: int, transfers: list[Transfer], layers: int, key: tuple[object, ...]
@@ -363,11 +364,11 @@ class Engine:
         if _beside(transfers):
             return row
         for j, t in enumerate(transfers):
-            begin = self.env.now
+            begin = self._now()
             yield self._shared(p, g, t, (name, p, j))
-            self._charge(self.spent[p * self.setup.groups + g], t, self.env.now - begin)
+            self._charge(self.spent[p * self.setup.groups + g], t, self._now() - begin)
             row = self.record.add(
-                p * self.setup.groups + g, NETWORK, TRANSFER_KIND[t.name], 0, -1, begin, self.env.now, row
+                p * self.setup.groups + g, NETWORK, TRANSFER_KIND[t.name], 0, -1, begin, self._now(), row
             )
         return row
 
@@ -378,22 +379,30 @@ class Engine:
         index = p * self.setup.groups + g
         self._waiting[index] = "the reduction of its gradients"
         row = yield from self._alone(p, g, work.reductions, "reduce", row)
-        begin = self.env.now
+        begin = self._now()
         for event in pending:
             if not event.processed:
                 yield event
-        if self.env.now > begin:
-            self.spent[index].other_s += self.env.now - begin
-            row = self.record.add(index, NETWORK, KIND["gradients"], 0, -1, begin, self.env.now, row)
-        begin = self.env.now
-        yield self.env.timeout(work.update_s)
+        if self._now() > begin:
+            self.spent[index].other_s += self._now() - begin
+            row = self.record.add(index, NETWORK, KIND["gradients"], 0, -1, begin, self._now(), row)
+        begin = self._now()
+        yield self._pause(work.update_s)
         self.spent[index].compute_s += work.update_s
-        self.record.add(index, COMPUTE, KIND["optimizer"], 0, -1, begin, self.env.now, row)
+        self.record.add(index, COMPUTE, KIND["optimizer"], 0, -1, begin, self._now(), row)
 
     # Helpers ---------------------------------------------------------------------------------------------------------
 
+    def _now(self) -> float:
+        """Seconds since the start of the step."""
+        return float(self.env.now * TICK_S)
+
+    def _pause(self, seconds: float) -> simpy.Event:
+        """An event after `seconds`, on the clock's integer ticks: ties never hang on rounding."""
+        return self.env.timeout(round(seconds / TICK_S))
+
     def _send(self, p: int, g: int, t: Transfer) -> simpy.Event:
-        """Start a transfer of one class; the event's value is the time it ended."""
+        """Start a transfer of one class."""
         event: simpy.Event = self.transport.transfer(t, p, g)
         return event
 
@@ -404,8 +413,8 @@ class Engine:
         complete, event = self._meet(key)
         if complete:
 
-            def tell(_: simpy.Event) -> None:
-                event.succeed(self.env.now)
+            def tell(done: simpy.Event) -> None:
+                event.succeed(done.value)
 
             self._send(p, -1, t).callbacks.append(tell)
         return event
@@ -417,7 +426,7 @@ class Engine:
             spent.other_s += seconds
 
     def _row(self, index: int, stream: int, kind: int, a: Action, begin: float, before: int) -> int:
-        return self.record.add(index, stream, kind, a.chunk, a.microbatch, begin, self.env.now, before)
+        return self.record.add(index, stream, kind, a.chunk, a.microbatch, begin, self._now(), before)
 
     def _remember(self, index: int, actions: tuple[Action, ...], work: DeviceWork, kind: str) -> None:
         """Memory: a forward keeps its chunk's activations from its start, the end of a backward frees them."""
@@ -426,7 +435,7 @@ class Engine:
         change = sum(work.chunks[a.chunk].kept_bytes for a in actions if a.kind in kinds)
         if change:
             times, bytes_ = self.memory[index]
-            times.append(float(self.env.now))
+            times.append(self._now())
             bytes_.append(bytes_[-1] - change if freed else bytes_[-1] + change)
 
 
@@ -441,12 +450,6 @@ def _passes(chunk: ChunkWork, a: Action) -> tuple[PassWork, ...]:
         INPUT: (chunk.input,),
         WEIGHT: (chunk.weight,),
     }[a.kind]
-
-
-def _ended(event: simpy.Event) -> float:
-    """When a transfer ended: the value its event carries."""
-    ended: float = event.value  # type: ignore[assignment]
-    return ended
 
 
 def _beside(transfers: list[Transfer]) -> bool:

@@ -8,6 +8,7 @@ import simpy
 
 from simulator.engine.work import Transfer
 from simulator.network.collectives import Network
+from simulator.network.flight import TICK_S
 
 
 class Solo:
@@ -19,7 +20,7 @@ class Solo:
 
     def __init__(self, env: simpy.Environment, network: Network) -> None:
         self.env, self.network = env, network
-        self._free: dict[tuple[int, bool], dict[int, float]] = {}
+        self._free: dict[tuple[int, bool], dict[int, int]] = {}
 
     def seconds(self, t: Transfer) -> float:
         """Seconds of a transfer: its calls' latencies, and its bytes at the solo rate."""
@@ -27,12 +28,17 @@ class Solo:
         return t.calls * rate.latency_s + t.bytes * rate.seconds_per_byte
 
     def transfer(self, t: Transfer, stage: int, group: int) -> simpy.Event:
-        """Start it now; the event fires with the time of its end."""
+        """Start it now; the event fires at its end."""
         lanes = self._free.setdefault((stage, t.name == "all-to-all"), {})
         # Group -1 is all groups together: they share the lane that it holds.
-        before = max(lanes.values(), default=0.0) if group == -1 else max(lanes.get(group, 0.0), lanes.get(-1, 0.0))
-        end = lanes[group] = max(self.env.now, before) + self.seconds(t)
-        return self.env.timeout(end - self.env.now, value=end)
+        before = max(lanes.values(), default=0) if group == -1 else max(lanes.get(group, 0), lanes.get(-1, 0))
+        now = int(self.env.now)
+        end = lanes[group] = max(now, before) + round(self.seconds(t) / TICK_S)
+        return self.env.timeout(end - now, value=end)
+
+    def ended(self, event: simpy.Event) -> float:
+        """When a transfer ended, seconds."""
+        return float(event.value * TICK_S)  # type: ignore[operator]
 
 
 def solo(network: Network) -> Any:
