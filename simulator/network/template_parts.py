@@ -1,0 +1,194 @@
+"""Parts of collectives on one network: who sends what, routed, and divided by what collectives reach of the rate.
+
+Legend: D devices, G groups, k members of a group. Exchanges between cores of a chip are left out: they count with the
+ops' own memory traffic.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hw_profiles.cluster import Cluster
+from hw_profiles.errors import QuestionError
+from simulator.network.coflow import Part
+from simulator.network.collectives import PASSES
+from simulator.network.joins import make_part
+from simulator.network.layouts import SwitchedLayout, TorusLayout
+from simulator.network.loads import Loads, Rail, flow_loads, rank_one_loads
+from simulator.network.loads_switched import Ports, flow_ports, product_ports
+from simulator.network.ring_patterns import (
+    Flows,
+    axis_rings,
+    chips_by_slice,
+    has_open_axis,
+    index_ring,
+    node_rings,
+)
+from simulator.network.topology import Topology
+
+Array = NDArray[np.float64]
+Index = NDArray[np.int64]
+
+
+class PartMaker:
+    """Turns traffic of groups into parts; `rail` is how a plain all-to-all changes rails in a fat tree."""
+
+    def __init__(self, cluster: Cluster, topology: Topology) -> None:
+        self.cluster, self.topology = cluster, topology
+        # NCCL forwards over NVLink to the rail of the destination (PXN); elsewhere cards send to cards directly.
+        self.rail: Rail = "pxn" if cluster.chip.scale_up.kind == "nvswitch" else "direct"
+
+    def efficiency(self, level: str, kind: str) -> float:
+        """The share of a level's rate that collectives of `kind` reach."""
+        c = self.cluster
+        of = next((x for x in c.levels if x.name == level), c.levels[-1] if c.levels else None)
+        if c.torus is not None and (of is None or level in ("chip", "ICI")):
+            return c.torus.all_to_all_efficiency if kind == "all_to_all" else c.torus.ring_efficiency
+        assert of is not None
+        return of.all_to_all_efficiency if kind == "all_to_all" else of.ring_efficiency
+
+    def _finished(self, parts: tuple[Part, ...], kind: str) -> tuple[Part, ...]:
+        """Bytes over efficiency, and without the links between the cores of a chip."""
+        names, out = self.topology.level_names, []
+        for p in parts:
+            kept = np.ones(p.links.size, dtype=np.bool_)
+            if "chip" in names:
+                kept = self.topology.level[p.links] != names.index("chip")
+            if kept.any():
+                e = self.efficiency(p.level, kind)
+                out.append(Part(p.level, p.links[kept], p.bytes[kept] / e, p.flows[kept], p.largest_flow_bytes / e))
+        return tuple(out)
+
+    def product(self, members: Index, rows: Array, columns: Array, transport: str, between: float) -> tuple[Part, ...]:
+        """All-to-alls in groups (G x k) where i sends rows[i] * columns[j] bytes to j (D each)."""
+        group = np.full(self.cluster.devices, -1)
+        group[members] = np.arange(len(members))[:, None]
+        layout = self.topology.layout
+        if not isinstance(layout, SwitchedLayout):
+            return self._finished(rank_one_loads(self.topology, rows, columns, group).parts, "all_to_all")
+        rail: Rail = self.rail if transport == "collective" else "forward"
+        ports = product_ports(self.topology, layout, rows, columns, group, rail)
+        return self._of_ports(layout, ports, "all_to_all", transport, between, members)
+
+    def flows(
+        self,
+        flows: Flows,
+        kind: str,
+        transport: str = "collective",
+        between: float = 1.0,
+        members: Index | None = None,
+    ) -> tuple[Part, ...]:
+        """Flows, with the efficiency of `kind`; `members` (G x k) where a transport merges flows to a node."""
+        layout = self.topology.layout
+        source, target, amount = flows
+        if not isinstance(layout, SwitchedLayout):
+            return self._finished(flow_loads(self.topology, source, target, amount).parts, kind)
+        sends = (source != target) & (amount > 0)
+        rail: Rail = self.rail if transport == "collective" else "forward"
+        ports = flow_ports(self.topology, layout, source[sends], target[sends], amount[sends], rail)
+        return self._of_ports(layout, ports, kind, transport, between, members)
+
+    def _of_ports(
+        self,
+        layout: SwitchedLayout,
+        ports: list[Ports],
+        kind: str,
+        transport: str = "collective",
+        between: float = 1.0,
+        members: Index | None = None,
+    ) -> tuple[Part, ...]:
+        inside = 1 / self.efficiency(layout.up_name, kind)
+        out = []
+        for p in ports:
+            if p.level == layout.up_name:
+                out.append(p.part(self.topology, layout, inside))
+                continue
+            across = between / self.efficiency(layout.out_name, kind)
+            if not across:
+                continue
+            if transport == "collective" or members is None:
+                out.append(p.part(self.topology, layout, across, across))
+                continue
+            # One flow to a node, instead of one to each member there.
+            mates = members.shape[1] / np.unique(members[0] // layout.domain).size
+            out.append(p.part(self.topology, layout, inside, across, mates))
+        return tuple(out)
+
+    def two_levels(self, members: Index, between: float) -> tuple[Part, ...]:
+        """First within the fast domain, to the member in the place of the destination; then between equal places."""
+        layout = self.topology.layout
+        if isinstance(layout, SwitchedLayout):
+            domain = layout.domain
+        elif isinstance(layout, TorusLayout) and layout.slices > 1:
+            domain = layout.devices // layout.slices
+        else:
+            raise QuestionError(f"algorithm = 'hierarchical': {self.topology.name} has one level of network")
+        size = members.shape[1]
+        node = members // domain
+        places = int((node[0] == node[0, 0]).sum())
+        if size % places or (node.reshape(len(members), -1, places) != node[:, ::places, None]).any():
+            raise QuestionError(f"algorithm = 'hierarchical': groups of {size} lie unevenly in domains of {domain}")
+        grid = members.reshape(len(members), size // places, places)
+        if places == 1 or places == size:
+            row = np.zeros(self.cluster.devices)
+            row[members] = 1.0 / size
+            return self.product(members, row, np.sign(row), "collective", between)
+        phases = self._pairwise(grid, 2, 1.0 / places, 1.0), self._pairwise(grid, 1, places / size, between)
+        return tuple(p for phase in phases for p in self._together(phase))
+
+    def _pairwise(self, grid: Index, axis: int, bytes_: float, between: float) -> tuple[Part, ...]:
+        """Everybody sends `bytes_` to everybody else along one axis of the grid."""
+        line = np.moveaxis(grid, axis, -1).reshape(-1, grid.shape[axis])
+        rows = np.zeros(self.cluster.devices)
+        rows[line] = bytes_
+        return self.product(line, rows, np.sign(rows), "collective", between)
+
+    def rings(self, kind: str, algorithm: str, members: Index) -> tuple[tuple[Part, ...], bool]:
+        """Ring or in-switch collective of every group (G x k), and whether its parts follow each other."""
+        layout, passes, size = self.topology.layout, PASSES[kind], members.shape[1]
+        if isinstance(layout, SwitchedLayout):
+            if algorithm == "in-switch":
+                return self._in_switch(layout, members), False
+            return self._of_ports(layout, node_rings(self.topology, layout, members, passes), kind), False
+        if algorithm == "in-switch":
+            raise QuestionError(f"algorithm = 'in-switch': {self.topology.name} has no switch that adds")
+        chips = chips_by_slice(layout, members) if isinstance(layout, TorusLayout) else None
+        if not isinstance(layout, TorusLayout) or chips is None or layout.twisted:
+            amount = passes * (size - 1) / size
+            return self.flows(index_ring(members, amount), kind), False
+        phases: list[tuple[Part, ...]] = []
+        # On an open axis the two halves of an all-reduce load the links differently, one after the other.
+        halves = 2 if kind == "all_reduce" and has_open_axis(layout, chips) else 1
+        for half in range(halves):
+            gathers = kind == "all_gather" or half == 1
+            flows = axis_rings(layout, chips, passes / halves, gathers)
+            if flows is None:
+                count = chips.shape[1]
+                flows = index_ring(chips * layout.devices_per_chip, passes / halves * (count - 1) / count)
+            phases.append(self.flows(flows, kind))
+        slices = np.unique(members[0] // (layout.devices // layout.slices)).size
+        if slices > 1:
+            grid = members.reshape(len(members), slices, -1)
+            amount = passes * (slices - 1) / slices / grid.shape[2]
+            flows = grid.ravel(), np.roll(grid, -1, axis=1).ravel(), np.full(grid.size, amount)
+            phases.append(self.flows(flows, kind))
+        if len(phases) == 1:
+            return phases[0], False
+        return tuple(p for phase in phases for p in self._together(phase)), True
+
+    def _together(self, parts: tuple[Part, ...]) -> tuple[Part, ...]:
+        """One part of all: what is chained is a phase, whose levels run side by side."""
+        sums = Loads(self.topology.links, parts)
+        name = max((p.level for p in parts), key=self.topology.level_names.index, default="")
+        largest = max((p.largest_flow_bytes for p in parts), default=0.0)
+        return (make_part(name, sums.bytes, sums.flows, largest),) if largest else ()
+
+    def _in_switch(self, layout: SwitchedLayout, members: Index) -> tuple[Part, ...]:
+        """Every member sends its buffer to the switch once, and gets the sum once."""
+        share = self.cluster.levels[0].in_switch_efficiency
+        nodes = members // layout.domain
+        if not share or not layout.up_out.size or (nodes != nodes[:, :1]).any():
+            raise QuestionError(f"algorithm = 'in-switch': groups of {members.shape[1]} have no switch that adds")
+        links = np.sort(np.concatenate((layout.up_out[members.ravel()], layout.up_in[members.ravel()])))
+        return (Part(layout.up_name, links, np.full(links.size, 1 / share), np.ones(links.size), 1 / share),)

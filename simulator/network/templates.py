@@ -1,0 +1,229 @@
+"""Collectives as coflows: bytes on every link, of one group or of all groups of a mesh axis at once.
+
+Legend: D devices, G groups, k members of a group. `bytes_` is nccl-tests' size S, as in `collectives`. The efficiencies
+of rings, all-to-alls and in-switch sums are applied as in the closed form, but to the bytes: a level that reaches 80 %
+of its rate is given 1/0.8 of the bytes, so that capacities stay those of the links and efficiencies of collectives that
+share a link do not mix. Exchanges between cores of a chip are left out: they count with the ops' own memory traffic.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hw_profiles.cluster import Cluster
+from hw_profiles.errors import QuestionError
+from simulator.network.coflow import Coflow
+from simulator.network.collectives import NVLS_FROM, PASSES
+from simulator.network.latencies import latency_s
+from simulator.network.ring_patterns import tree_flows
+from simulator.network.template_parts import PartMaker
+from simulator.network.topology import Topology, topology_of
+
+Array = NDArray[np.float64]
+Index = NDArray[np.int64]
+Transport = Literal["collective", "deepep", "hybridep"]
+
+KINDS = (*PASSES, "all_to_all", "permute")
+ALGORITHMS = {
+    "all_reduce": ("ring", "tree", "in-switch"),
+    "all_gather": ("ring",),
+    "reduce_scatter": ("ring",),
+    "all_to_all": ("direct", "hierarchical"),
+    "permute": ("direct",),
+}
+KEPT = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class _Ask:
+    """What a template is of; `bytes_` apart, which only scales it."""
+
+    kind: str
+    size: int
+    stride: int
+    algorithm: str
+    groups: int
+    transport: str
+    between: float
+
+
+class Templates:
+    """The coflows of one cluster; the same question gets the same object, so that rates can be remembered by it."""
+
+    def __init__(self, cluster: Cluster, topology: Topology | None = None) -> None:
+        self.cluster = cluster
+        self.topology = topology or topology_of(cluster)
+        self._unit: dict[_Ask, Coflow] = {}
+        self._scaled: OrderedDict[tuple[_Ask, float], Coflow] = OrderedDict()
+        if self.topology.devices != cluster.devices:
+            raise QuestionError(
+                f"{self.topology.name}: {self.topology.devices} devices; {cluster.name} has {cluster.devices}"
+            )
+        self._make = PartMaker(cluster, self.topology)
+
+    def members(self, size: int, stride: int) -> Index:
+        """Devices of all groups of an axis (G x k): `size` members `stride` apart, groups in order of first member."""
+        devices = self.cluster.devices
+        if size < 1 or stride < 1 or size * stride > devices:
+            raise QuestionError(f"group of {size} members {stride} apart: {self.cluster.name} has {devices} devices")
+        outer = np.arange(devices // (size * stride)) * (size * stride)
+        first = (outer[:, None] + np.arange(stride)).ravel()
+        return first[:, None] + np.arange(size) * stride
+
+    def collective(
+        self,
+        kind: str,
+        size: int,
+        stride: int,
+        bytes_: float,
+        algorithm: str | None = None,
+        groups: Literal["all"] | int = "all",
+        transport: Transport = "collective",
+        between: float = 1.0,
+    ) -> Coflow:
+        """The coflow of `kind` in groups of `size` members `stride` apart, all groups at once or one of them.
+
+        `algorithm`: ring, tree or in-switch for all_reduce; direct or hierarchical (two levels, one after the other)
+        for all_to_all; None takes what the closed form does. `between` scales the bytes of an all_to_all that leave the
+        fastest domain; under deepep and hybridep they arrive once a node, and are forwarded in full over NVLink there
+        at the same time. Raises QuestionError for what does not exist.
+        """
+        chosen = algorithm or self._algorithm(kind, size, stride)
+        if kind not in KINDS or chosen not in ALGORITHMS[kind]:
+            known = ", ".join(ALGORITHMS.get(kind, KINDS))
+            what = (
+                f"algorithm = {chosen!r:.40}: {kind} has" if kind in KINDS else f"kind = {kind!r:.40}: must be one of"
+            )
+            raise QuestionError(f"{what} {known}")
+        if groups != "all" and groups < 0:
+            raise QuestionError(f"groups = {groups}: must be 'all' or the number of a group, from 0")
+        for name, value in (("bytes", bytes_), ("between", between)):
+            if not 0 <= value < np.inf:
+                raise QuestionError(f"{name} = {value:g}: must be finite and not negative")
+        ask = _Ask(kind, size, stride, chosen, -1 if groups == "all" else groups, transport, between)
+        found = self._scaled.get((ask, bytes_))
+        if found is None:
+            found = self._scaled[ask, bytes_] = self._of_size(ask, bytes_)
+            if len(self._scaled) > KEPT:
+                self._scaled.popitem(last=False)
+        return found
+
+    def all_to_all_matrix(
+        self,
+        members: Index,
+        traffic: Array | tuple[Array, Array],
+        transport: Transport = "collective",
+        between: float = 1.0,
+    ) -> Coflow:
+        """An uneven all-to-all among `members` (k, or G x k): bytes of each pair, or bytes of rows times column shares.
+
+        `traffic` is (k x k) or (G x k x k), or two vectors of (k) or (G x k): i sends rows[i] * columns[j] to j. Every
+        call makes a new coflow. Raises QuestionError for shapes that do not fit, and for a member twice.
+        """
+        groups = np.atleast_2d(np.asarray(members, dtype=np.int64))
+        count, size = groups.shape
+        if groups.size and (groups.min() < 0 or groups.max() >= self.cluster.devices):
+            raise QuestionError(f"members: {self.cluster.name} has devices 0 to {self.cluster.devices - 1}")
+        if np.unique(groups).size != groups.size:
+            raise QuestionError("members: a device is in it twice")
+        if isinstance(traffic, tuple):
+            rows, columns = (
+                self._spread(groups, v, what) for v, what in zip(traffic, ("rows", "columns"), strict=True)
+            )
+            parts = self._make.product(groups, rows, columns, transport, between)
+        else:
+            try:
+                pairs = np.broadcast_to(np.asarray(traffic, dtype=np.float64), (count, size, size))
+            except ValueError:
+                raise QuestionError(
+                    f"pair bytes: shape {np.shape(traffic)}: {count} x {size} x {size} needed"
+                ) from None
+            g, i, j = np.nonzero(pairs)
+            flows = groups[g, i], groups[g, j], pairs[g, i, j]
+            parts = self._make.flows(flows, "all_to_all", transport, between, groups)
+        stride = int(groups[0, 1] - groups[0, 0]) if size > 1 else 1
+        wait = latency_s(self.cluster, self.topology, "all_to_all", "direct", size, max(1, stride), between)
+        return Coflow("uneven all_to_all", "all_to_all", parts, wait if parts else 0.0, members=size)
+
+    def send(self, source: Index, target: Index, bytes_: Array | float, name: str = "send") -> Coflow:
+        """Flows from devices to devices, such as the activations between two pipeline stages; one step of latency."""
+        ends = np.broadcast_arrays(np.asarray(source), np.asarray(target), np.asarray(bytes_, dtype=np.float64))
+        flows = tuple(np.ravel(e) for e in ends)
+        parts = self._make.flows((flows[0], flows[1], flows[2]), "permute")
+        distance = max(1, int(np.abs(flows[0] - flows[1]).max(initial=0)))
+        wait = latency_s(self.cluster, self.topology, "permute", "direct", 2, distance, 1.0)
+        return Coflow(name, "permute", parts, wait if parts else 0.0, members=flows[0].size)
+
+    def _spread(self, groups: Index, values: Array, what: str) -> Array:
+        out = np.zeros(self.cluster.devices)
+        try:
+            out[groups] = np.broadcast_to(np.asarray(values, dtype=np.float64), groups.shape)
+        except ValueError:
+            raise QuestionError(f"{what}: shape {np.shape(values)}: one for each of {groups.shape}") from None
+        return out
+
+    def _algorithm(self, kind: str, size: int, stride: int) -> str:
+        if kind == "all_reduce" and self.cluster.torus is None and size >= NVLS_FROM:
+            first = self.cluster.levels[0]
+            if first.in_switch_efficiency and size * stride <= first.devices:
+                return "in-switch"
+        return ALGORITHMS[kind][0] if kind in ALGORITHMS else ""
+
+    def _of_size(self, ask: _Ask, bytes_: float) -> Coflow:
+        unit = self._unit.get(ask)
+        if unit is None:
+            unit = self._unit[ask] = self._build(ask)
+        scaled = tuple(
+            replace(p, bytes=p.bytes * bytes_, largest_flow_bytes=p.largest_flow_bytes * bytes_) for p in unit.parts
+        )
+        if not bytes_:
+            return replace(unit, parts=(), latency_s=0.0)
+        return replace(unit, parts=scaled, meta={**unit.meta, "bytes": bytes_})
+
+    def _build(self, ask: _Ask) -> Coflow:
+        """The template for one byte."""
+        members = self.members(ask.size, ask.stride)
+        if ask.groups >= 0:
+            if ask.groups >= len(members):
+                raise QuestionError(f"groups = {ask.groups}: the axis has groups 0 to {len(members) - 1}")
+            members = members[ask.groups : ask.groups + 1]
+        name = f"{ask.kind} of {ask.size}, {ask.stride} apart"
+        if ask.size == 1:
+            return Coflow(name, ask.kind, (), members=1)
+        chained = False
+        if ask.kind == "all_to_all" and ask.algorithm == "direct":
+            rows = np.zeros(self.cluster.devices)
+            rows[members] = 1.0 / ask.size
+            parts = self._make.product(members, rows, np.sign(rows), ask.transport, ask.between)
+        elif ask.kind == "all_to_all":
+            parts, chained = self._make.two_levels(members, ask.between), True
+        elif ask.kind == "permute":
+            flows = members.ravel(), np.roll(members, -1, axis=1).ravel(), np.ones(members.size)
+            parts = self._make.flows(flows, "permute")
+        elif ask.algorithm == "tree":
+            parts = self._make.flows(tree_flows(members, 1.0), ask.kind)
+        else:
+            parts, chained = self._make.rings(ask.kind, ask.algorithm, members)
+        wait = latency_s(self.cluster, self.topology, ask.kind, ask.algorithm, ask.size, ask.stride, ask.between)
+        meta = {"groups": float(len(members))}
+        return Coflow(name, ask.kind, parts, wait if parts else 0.0, chained, ask.size, meta)
+
+
+def solo_seconds(coflow: Coflow, topology: Topology) -> float:
+    """Time of a coflow alone on its network, seconds: latency, and its busiest link; the sum over parts if chained.
+
+    Parts that run side by side share links (a network card serves flows to its leaf and beyond): their bytes add up.
+    """
+    bandwidth = topology.bandwidth_bytes_per_s
+    if coflow.chained:
+        times = [float((p.bytes / bandwidth[p.links]).max()) for p in coflow.parts]
+        return coflow.latency_s + sum(times)
+    together = np.zeros(topology.links)
+    for p in coflow.parts:
+        together[p.links] += p.bytes
+    return coflow.latency_s + float((together / bandwidth).max(initial=0.0))
