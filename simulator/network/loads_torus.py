@@ -213,6 +213,8 @@ def _product_lines(layout: TorusLayout, chip: Index, rows: Array, columns: Array
     """Line matrices: sums of rows over the source's earlier, of columns over the destination's later coordinates."""
     chips, out = layout.slice_chips, []
     place, slice_ = chip % chips, chip // chips
+    if not key.max():
+        return _one_product(layout, int(slice_[0]), sums(place, rows, chips), sums(place, columns, chips))
     for a in range(len(layout.dims)):
         before, n, after = _sizes(layout, a)
         sent, source = _sums(key, place % (n * after), rows)
@@ -224,6 +226,19 @@ def _product_lines(layout: TorusLayout, chip: Index, rows: Array, columns: Array
         line = (slice_of[source[0][i]] * before + d // n) * after + s % after
         at = (line * n + s // after) * n + d % n
         out.append(sums(at, sent[i] * got[j], layout.slices * chips * n))
+    return out
+
+
+def _one_product(layout: TorusLayout, slice_: int, rows: Array, columns: Array) -> list[Array]:
+    """The same for one group in one slice (rows and columns by chip): outer products, without a join."""
+    out = []
+    for a in range(len(layout.dims)):
+        before, n, after = _sizes(layout, a)
+        sent = rows.reshape(before, n, after).sum(axis=0)
+        got = columns.reshape(before, n, after).sum(axis=2)
+        lines = np.zeros((layout.slices, *_shape(layout, a)))
+        lines[slice_] = sent.T[None, :, :, None] * got[:, None, None, :]
+        out.append(lines)
     return out
 
 
