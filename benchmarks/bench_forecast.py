@@ -1,7 +1,7 @@
 """How long a closed-form answer takes: the whole command, and one evaluation in the process.
 
-Prints each example's median beside a baseline of the same run: the bare interpreter for the command, a NumPy-free loop
-of as many multiplications as the evaluation makes ops for the process. Usage: python benchmarks/bench_forecast.py
+Prints each example's medians; the baseline of the same run is the bare interpreter, which the command is compared with.
+The closed form first, then events. Usage: python benchmarks/bench_forecast.py
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ import numpy as np
 
 from hw_profiles.cluster import Cluster
 from hw_profiles.loader import load_chip, resolve_cluster
-from simulator.network.loads import Loads, flow_loads, pair_loads, rank_one_loads
+from simulator.network.loads import Loads, pair_loads, rank_one_loads
 from simulator.network.templates import Templates, solo_seconds
 from simulator.network.topology import Topology, topology_of
 
@@ -49,11 +49,23 @@ def measured(call: Callable[[], Loads]) -> tuple[float, float]:
     return min(times), peak
 
 
-def one_by_one(topology: Topology, pairs: np.ndarray) -> np.ndarray:
-    """Loads of a full matrix by summing every pair's own."""
+def one_by_one(topology: Topology, dims: tuple[int, ...], wrap: tuple[bool, ...], pairs: np.ndarray) -> np.ndarray:
+    """Loads of a full matrix by walking every pair's path, link by link; knows nothing of the fast way."""
+    ends = zip(topology.source.tolist(), topology.target.tolist(), strict=True)
+    link = {pair: i for i, pair in enumerate(ends)}
     out = np.zeros(topology.links)
     for a, b in np.argwhere(pairs):
-        out += flow_loads(topology, np.array([a]), np.array([b]), pairs[a, b]).bytes
+        here, goal = list(np.unravel_index(a, dims)), np.unravel_index(b, dims)
+        for axis, (n, closed) in enumerate(zip(dims, wrap, strict=True)):
+            up = int(goal[axis] - here[axis])
+            ways = [up] if not closed or n < 3 else [x for x in (up % n, up % n - n) if 2 * abs(x) <= n]
+            for way in ways:
+                at = list(here)
+                for _ in range(abs(way)):
+                    before = int(np.ravel_multi_index(at, dims))
+                    at[axis] = (at[axis] + (1 if way > 0 else -1)) % n
+                    out[link[before, int(np.ravel_multi_index(at, dims))]] += pairs[a, b] / len(ways)
+            here[axis] = goal[axis]
     return out
 
 
@@ -90,7 +102,7 @@ def main() -> None:
         r, c = rng.random(small.devices), rng.random(small.devices)
         matrix = np.outer(r, c)
         np.fill_diagonal(matrix, 0.0)
-        truth = one_by_one(small, matrix)
+        truth = one_by_one(small, dims, wrap, matrix)
         for name, loads in (("rank one", rank_one_loads(small, r, c)), ("matrix", pair_loads(small, matrix))):
             print(f"{small.name:34} {name:9} {np.abs(loads.bytes - truth).max() / truth.max():.1e}")
     print()

@@ -22,8 +22,8 @@ PAPER = {1.0: 0.625, 1.25: 0.569, 2.0: 0.537}
 def ratio(factor: float, group: int) -> float:
     """Forecast of Switch-Base's examples per second over T5-Base's."""
     change = [f"training.capacity.factor={factor}", f"training.capacity.group_tokens={group}"]
-    sparse = forecast(load_job(EXAMPLES / "switch-base-128.yaml", change))
-    dense = forecast(load_job(EXAMPLES / "t5-base.yaml"))
+    sparse = forecast(load_job(EXAMPLES / "switch-base-128.yaml", change), engine="closed-form")
+    dense = forecast(load_job(EXAMPLES / "t5-base.yaml"), engine="closed-form")
     return sparse.sequences_per_s / dense.sequences_per_s
 
 

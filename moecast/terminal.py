@@ -11,18 +11,29 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from reports import units
-from reports.parts import devices, memory_parts_short, misfit_text, plan_line, routes, time_parts, unique_names
+from reports.parts import (
+    devices,
+    memory_parts_short,
+    misfit_text,
+    plan_line,
+    routes,
+    signed_percent,
+    time_parts,
+    unique_names,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.table import Table
     from rich.text import Text
 
-    from simulator.results.forecast import Forecast
+    from simulator.results.forecast import Events, Forecast
 
 # Below this, two columns of parts do not fit side by side.
 TWO_COLUMNS_FROM = 76
 EVIDENCE_LINES = 4
+# Kinds of work on the critical path that are named; the rest is summed up.
+PATH_KINDS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +101,8 @@ def forecast_table(forecast: Forecast, width: int, *, ascii_only: bool = False) 
     else:
         out += [time, pen.text(""), memory]
     out.append(pen.text(""))
+    if forecast.events is not None:
+        out += [_events(forecast.events, pen), pen.text("")]
     out.append(_evidence(forecast, pen))
     return Group(*out)
 
@@ -158,6 +171,34 @@ def _memory(forecast: Forecast, pen: _Pen) -> RenderableType:
     rows.append(("peak", units.memory(m.peak_bytes), units.share(m.peak_bytes, m.capacity_bytes)))
     stage = f", stage {m.worst.stage} (fullest)" if len(m.by_stage) > 1 else ""
     return _parts(f"Memory of {units.memory(m.capacity_bytes)}{stage}", rows, "magenta" if m.fits else "red", pen)
+
+
+def _events(events: Events, pen: _Pen) -> RenderableType:
+    """What the run by events adds: difference from the formula, critical path, spread, busiest link."""
+    grid = pen.grid(0, 1)
+    said = f"closed form {units.seconds(events.closed_form_step_time_s)}, events {signed_percent(events.difference)}"
+    grid.add_row(pen.text("events"), pen.text(said))
+    for missed in events.missed:
+        grid.add_row("", pen.text(f"missed: {missed}", "dim"))
+    total = sum(events.critical_path_s.values())
+    if total:
+        ordered = sorted(events.critical_path_s.items(), key=lambda item: -item[1])
+        # A tail below half a per cent is noise in one line.
+        large = [(k, v) for k, v in ordered[:PATH_KINDS] if v >= 0.005 * total]
+        parts = [f"{kind} {v / total:.0%}" for kind, v in large]
+        if (rest := 1 - sum(v for _, v in large) / total) >= 0.005:
+            parts.append(f"other {rest:.0%}")
+        grid.add_row(pen.text("path"), pen.text(", ".join(parts).replace("%", " %")))
+    if events.percentiles_s:
+        spread = ", ".join(f"{name} {units.seconds(v)}" for name, v in events.percentiles_s.items())
+        if events.out_of_memory_probability is not None:
+            spread += f"; out of memory in {units.percent(events.out_of_memory_probability)}"
+        grid.add_row(pen.text("draws"), pen.text(spread))
+    if events.links:
+        link = max(events.links, key=lambda use: use.utilisation)
+        busy = f"{link.name} ({link.level}): {units.percent(link.utilisation)} busy, {units.traffic(link.bytes)}"
+        grid.add_row(pen.text("busiest link"), pen.text(busy))
+    return grid
 
 
 def _evidence(forecast: Forecast, pen: _Pen) -> RenderableType:

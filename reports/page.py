@@ -20,8 +20,9 @@ FIT = (
 )
 
 
-def write_html(forecasts: Sequence[Forecast], path: Path, title: str) -> None:
+def write_html(forecasts: Sequence[Forecast], path: str | Path, title: str) -> None:
     """Writes the page to `path`, whole or not at all; raises ValueError without forecasts."""
+    path = Path(path)
     text = render(forecasts, title)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:

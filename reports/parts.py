@@ -82,6 +82,14 @@ def unique_names(forecasts: Sequence[Forecast]) -> list[str]:
     return out
 
 
+def signed_percent(fraction: float) -> str:
+    """A difference: +1.4 %, -0.02 %."""
+    said = units.percent(abs(fraction))
+    if said == units.percent(0.0) or said.startswith("<"):
+        return said
+    return f"{'+' if fraction > 0 else '-'}{said}"
+
+
 def words(value: object) -> str:
     """A plan's or job's value as text: yes/no, lists with commas, mappings as `key value`."""
     if value is None:

@@ -1,6 +1,6 @@
 """The sections of a page, in order: each takes forecasts and gives HTML, or "" where it has nothing to say.
 
-A new section (a timeline, a critical path) is one function and one line in `FORECAST` or `COMPARISON`.
+A new section is one function and one line in `FORECAST` or `COMPARISON`.
 """
 
 from __future__ import annotations
@@ -8,7 +8,8 @@ from __future__ import annotations
 import html
 from collections.abc import Callable, Sequence
 
-from reports import figures, tables, units
+from reports import figures, tables, timeline_tables, units
+from reports import timeline as timeline_figures
 from reports.draw import figure_html
 from reports.parts import devices, misfit_text, plan_line
 from simulator.results.forecast import Forecast
@@ -137,6 +138,77 @@ def question(forecast: Forecast, anchor: str) -> str:
     return _block(f"{anchor}-job", "The job", _pair(f"<div><h4>Job</h4>{tables.job(forecast)}</div>", plan))
 
 
+def timeline(forecast: Forecast, anchor: str) -> str:
+    """What ran when on each stage, and how busy each was."""
+    t = forecast.timeline
+    if t is None or not len(t):
+        return ""
+    shown, parts = timeline_figures.shown_classes(t), timeline_figures.windows(t)
+    said = "Compute above, network below; a pass lasts until the transfers beside it are done."
+    if len(parts) > 1:
+        share = units.percent(units.share(parts[0][1], t.step_s))
+        said += f" Of {len(t):,} rows, those of the first and last {share} of the step."
+    if len(shown) < len(t.classes):
+        said += f" {len(shown)} of {len(t.classes):,} device classes, evenly spread."
+    rows = figure_html(timeline_figures.gantt(t), f"{anchor}-timeline-figure", said)
+    whole = "The whole step in equal bins: how much of each the stage is in a pass or an update. Blank is waiting."
+    busy = figure_html(timeline_figures.utilisation(t), f"{anchor}-utilisation-figure", whole)
+    notes = _list(t.notes) if t.notes else ""
+    return _block(f"{anchor}-timeline", "Timeline", rows, _pair(busy, timeline_tables.classes(t)), notes)
+
+
+def memory_over_time(forecast: Forecast, anchor: str) -> str:
+    """Memory of each stage over the step."""
+    t, capacity = forecast.timeline, forecast.memory.capacity_bytes
+    figure = timeline_figures.memory_over_time(t, capacity) if t is not None else None
+    if t is None or figure is None:
+        return ""
+    said = "Memory on one device of each stage over the step; the dashed line is the capacity."
+    if len(t.memory) > timeline_figures.MOST_LINES:
+        said += f" The {timeline_figures.MOST_LINES} fullest of {len(t.memory)}."
+    drawn = figure_html(figure, f"{anchor}-curve-figure", said)
+    return _block(f"{anchor}-curve", "Memory over time", _pair(drawn, timeline_tables.memory(t, capacity)))
+
+
+def links(forecast: Forecast, anchor: str) -> str:
+    """The busiest links."""
+    busiest = forecast.events.links if forecast.events else ()
+    if not busiest and forecast.timeline is not None:
+        busiest = forecast.timeline.links
+    figure = timeline_figures.links(busiest)
+    if figure is None:
+        return ""
+    said = "The share of the step that a link's bytes take at its full rate."
+    drawn = figure_html(figure, f"{anchor}-links-figure", said)
+    return _block(f"{anchor}-links", "Busiest links", _pair(drawn, timeline_tables.links(busiest)))
+
+
+def critical_path(forecast: Forecast, anchor: str) -> str:
+    """What the step's length depends on."""
+    figure = timeline_figures.critical_path(forecast.events) if forecast.events else None
+    if forecast.events is None or figure is None:
+        return ""
+    said = "The chain of work and waiting that ends the step: it gets shorter only where something on it gets faster."
+    drawn = figure_html(figure, f"{anchor}-path-figure", said)
+    return _block(f"{anchor}-path", "Critical path", _pair(drawn, timeline_tables.critical_path(forecast.events)))
+
+
+def formula(forecast: Forecast, anchor: str) -> str:
+    """The closed form against the run by events."""
+    events = forecast.events
+    if events is None:
+        return ""
+    said = "Step time by formula and by events"
+    said += "; draws are of the routing." if events.percentiles_s else "."
+    figure = timeline_figures.formula(events, forecast.step_time_s)
+    drawn = figure_html(figure, f"{anchor}-formula-figure", said)
+    return _block(
+        f"{anchor}-formula",
+        "What the formula missed",
+        _pair(drawn, timeline_tables.formula(events, forecast.step_time_s)),
+    )
+
+
 def compare_table(forecasts: Sequence[Forecast], anchor: str) -> str:
     """All forecasts in one table, first which of them do not fit."""
     bad = [f.job.name for f in forecasts if not f.memory.fits]
@@ -174,5 +246,18 @@ def subtitle(forecast: Forecast) -> str:
     return f"{j.model} on {j.cluster}: {devices(j.devices)}; {plan_line(j.plan)}"
 
 
-FORECAST: tuple[Callable[[Forecast, str], str], ...] = (headline, time, ops, memory, collectives, rests_on, question)
+FORECAST: tuple[Callable[[Forecast, str], str], ...] = (
+    headline,
+    time,
+    timeline,
+    critical_path,
+    formula,
+    ops,
+    memory,
+    memory_over_time,
+    collectives,
+    links,
+    rests_on,
+    question,
+)
 COMPARISON: tuple[Callable[[Sequence[Forecast], str], str], ...] = (compare_table, compare_bars, compare_time)

@@ -7,11 +7,11 @@ from typing import Any
 
 import simpy
 
-from simulator.engine.orders import ORDERS
 from simulator.engine.run import Engine, Run, Setup
 from simulator.engine.work import ChunkWork, DeviceWork, PassWork, Transfer
 from simulator.network.flight import TICK_S
 from simulator.results.timeline import KINDS
+from simulator.workload.orders import ORDERS
 
 SHORT = {"forward": "F", "backward": "B", "input gradient": "I", "weight gradient": "W", "forward and backward": "FB"}
 
@@ -25,10 +25,11 @@ class Instant:
     def transfer(self, t: Transfer, stage: int, group: int) -> simpy.Event:
         del stage, group
         ticks = round(t.bytes / TICK_S)
-        return self.env.timeout(ticks, value=self.env.now + ticks)
+        return self.env.timeout(ticks, value=(self.env.now, self.env.now + ticks))
 
-    def ended(self, event: simpy.Event) -> float:
-        return event.value * TICK_S
+    def span(self, event: simpy.Event) -> tuple[float, float]:
+        begin, end = event.value
+        return begin * TICK_S, end * TICK_S
 
 
 def chunk(f: float = 1.0, i: float = 1.0, w: float = 1.0, kept: float = 1.0, **transfers: list[Transfer]) -> ChunkWork:

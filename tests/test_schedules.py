@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
 from hw_profiles.errors import QuestionError
@@ -64,9 +66,10 @@ def test_papers_bubbles() -> None:
     times, m = [t] * 4, 16
     busy = m * t.total
     assert pipeline_time("1f1b", times, m, 1, 0.0) - busy == pytest.approx(3 * t.total)
-    assert pipeline_time("interleaved", times, m, 2, 0.0) - busy == pytest.approx(3 * t.total / 2)
+    assert pipeline_time("interleaved", times * 2, m, 2, 0.0) - 2 * busy == pytest.approx(3 * t.total)
     assert pipeline_time("zb-h1", times, m, 1, 0.0) - busy == pytest.approx(3 * (1.0 + 1.1 - 0.9))
-    assert pipeline_time("dualpipe", times, m, 1, 0.0) - busy == pytest.approx((4 / 2 - 1) * (3.0 + 2.0 - 3 * 0.9))
+    equal = [StageTimes(1.0, 1.0, 1.0)] * 4
+    assert pipeline_time("dualpipe", equal, m, 1, 0.0) - busy == pytest.approx((4 / 2 - 1) * (3.0 + 2.0 - 3 * 1.0))
 
 
 def test_activations_in_flight() -> None:
@@ -98,6 +101,27 @@ def test_formulas_take_arrays() -> None:
     import numpy as np
 
     f = np.array([1.0, 2.0])
-    many = pipeline_time("1f1b", [StageTimes(f, f, f)] * 4, np.array([8, 16]), 1, 0.0)
-    each = [pipeline_time("1f1b", [StageTimes(x, x, x)] * 4, m, 1, 0.0) for x, m in ((1.0, 8), (2.0, 16))]
-    assert many.tolist() == pytest.approx(each)
+    for schedule in ("1f1b", "gpipe", "zb-h1", "dualpipe"):
+        many = pipeline_time(schedule, [StageTimes(f, f, f), StageTimes(2 * f, f, f)] * 2, 8, 1, 0.0)
+        each = [pipeline_time(schedule, [StageTimes(x, x, x), StageTimes(2 * x, x, x)] * 2, 8, 1, 0.0) for x in (1, 2)]
+        assert many.tolist() == pytest.approx(each)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "virtual", "most"),
+    [("1f1b", 1, 0.006), ("zb-h1", 1, 0.006), ("dualpipe", 1, 0.006), ("interleaved", 2, 0.03)],
+)
+def test_unequal_stages_and_hops_against_the_whole_path(schedule: str, virtual: int, most: float) -> None:
+    """Stages that differ by 25 % either way: walking 2 P microbatches and extrapolating, against walking all."""
+    from simulator.workload.schedules import _program, _walk
+
+    rng = random.Random(5)
+    for _ in range(40):
+        stages, hop = rng.choice([2, 4, 8]), rng.choice([0.0, 0.02])
+        microbatches = stages * rng.choice([4, 8])
+        times = []
+        for _ in range(stages * virtual):
+            f = rng.uniform(0.75, 1.25)
+            times.append(StageTimes(f, f * rng.uniform(1.1, 1.3), f * 0.8))
+        exact = _walk(_program(schedule, stages, microbatches, virtual), times, hop)
+        assert pipeline_time(schedule, times, microbatches, virtual, hop) == pytest.approx(exact, rel=most)

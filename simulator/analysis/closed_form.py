@@ -60,6 +60,9 @@ def busiest_rank(job: Job, degrees: Degrees, workload: Workload) -> float:
         return 1.0
     worst = 1.0
     for moe in job.model.moes:
+        if moe.router.kind == "expert_choice":
+            # Experts choose their tokens: every one is exactly full.
+            continue
         tokens = max((p.routed_tokens for p in workload.pieces if p.routed_tokens), default=0.0) * degrees.expert
         if routing.model == "chance":
             worst = max(worst, float(busiest_over_mean(tokens, moe, degrees.expert)))
@@ -149,7 +152,8 @@ class _Stage:
         out.compute_s = micro * (f + bi + bw) + update
         once = [] if self.costs.every_microbatch else reductions
         # What gathers already fill of the last backward pass cannot hide the reductions.
-        room = maximum(bi + bw - gather_b, 0.0)
+        # Under ZB-H1 a device ends with weight gradients, and only these are left to hide behind.
+        room = maximum((bw if self.job.plan.schedule == "zb-h1" else bi + bw) - gather_b, 0.0)
         out.tail_s = (
             update
             + self._once(out, once, room, self.job.software.overlap.gradients, layers)
@@ -230,13 +234,14 @@ def closed_form(
         stages.append(results[key])
     hop = _hop(timer, degrees, workload)
     per_stage = [s.times for s in stages if s.times is not None]
-    pipeline = pipeline_time(job.plan.schedule, per_stage, degrees.microbatches, job.plan.virtual_stages, hop)
+    per_chunk = _chunk_times(per_stage, times, workload) if job.plan.virtual_stages > 1 else per_stage
+    pipeline = pipeline_time(job.plan.schedule, per_chunk, degrees.microbatches, job.plan.virtual_stages, hop)
     # Stage p ends its last backward p backward passes before stage 0: reductions use that slack.
     step: Number = 0.0
     for p, s in enumerate(stages):
         assert s.times is not None
         backward = s.times.backward_input + s.times.backward_weight
-        ahead = 0.0 if dual else p * backward / job.plan.virtual_stages
+        ahead = 0.0 if dual or job.plan.schedule == "zb-h1" else p * backward / job.plan.virtual_stages
         step = maximum(step, pipeline - ahead + s.tail_s)
     step = maximum(step, pipeline)
     host = cluster.chip.host_step_overhead_us.value * 1e-6
@@ -255,6 +260,20 @@ def closed_form(
     # One stage waits for nobody: what is left there is rounding.
     bubble = maximum(step - busy, 0.0) if degrees.pipeline > 1 else 0.0
     return ClosedForm(step, Parts(compute, a2a, other, host, imbalance, bubble), stages, times)
+
+
+def _chunk_times(per_stage: list[StageTimes], times: list[PieceTime], workload: Workload) -> list[StageTimes]:
+    """Times of the virtual stages in the order of the model: a device's, shared out by the compute of its chunks."""
+    out = []
+    for v in range(len(workload.chunk_counts[0])):
+        for device, chunks in zip(per_stage, workload.chunk_counts, strict=True):
+            own = sum(n * t.compute_s for t, n in zip(times, chunks[v], strict=True))
+            all_ = sum(n * t.compute_s for counts in chunks for t, n in zip(times, counts, strict=True))
+            share = own / all_
+            out.append(
+                StageTimes(device.forward * share, device.backward_input * share, device.backward_weight * share)
+            )
+    return out
 
 
 def _hop(timer: Timer, degrees: Degrees, workload: Workload) -> Number:

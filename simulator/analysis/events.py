@@ -9,10 +9,10 @@ from typing import Any
 from hw_profiles.cluster import Cluster
 from hw_profiles.errors import QuestionError
 from simulator.analysis.closed_form import ClosedForm, busiest_rank
+from simulator.analysis.critical_path import critical_path
 from simulator.analysis.event_options import EventOptions
 from simulator.costs.piece_times import Timer
 from simulator.costs.reductions import StateCosts
-from simulator.engine.orders import ORDERS
 from simulator.engine.run import Engine, Run, Setup
 from simulator.engine.transport import solo
 from simulator.engine.work import WorkBuilder
@@ -23,6 +23,7 @@ from simulator.network.collectives import Network
 from simulator.results.forecast import Events, Memory, Parts, StageMemory
 from simulator.results.timeline import KINDS, Timeline
 from simulator.workload.habits import Habits
+from simulator.workload.orders import ORDERS
 from simulator.workload.stages import Workload
 
 
@@ -71,7 +72,7 @@ def by_events(
         folded=setup.groups == 1,
         percentiles_s=None,
         out_of_memory_probability=None,
-        critical_path_s={},
+        critical_path_s=critical_path(result.timeline).seconds,
         links=(),
     )
     return result
@@ -91,7 +92,7 @@ def missed(formula: Parts, events: Parts, step_s: float) -> tuple[str, ...]:
     """The parts of the step that differ by more than half a per cent of it, largest first, with what that means."""
     changes = {name: getattr(events, name) - getattr(formula, name) for name in REASONS}
     large = sorted((n for n, d in changes.items() if abs(d) > 0.005 * step_s), key=lambda n: -abs(changes[n]))
-    return tuple(f"{n.removesuffix('_s')} {changes[n] / step_s:+.1%} of the step: {REASONS[n]}" for n in large)
+    return tuple(f"{n.removesuffix('_s')} {100 * changes[n] / step_s:+.1f} % of the step: {REASONS[n]}" for n in large)
 
 
 def even(group: int, stage: int, microbatch: int) -> float:

@@ -7,49 +7,34 @@ from hw_profiles.schema import Chip, Curve, Price, Quantity
 from simulator.job.job import Job
 from simulator.job.rules import Degrees
 from simulator.kernels.roofline import Kernels
-from simulator.results.forecast import Cost, Evidence, Parts
+from simulator.results.forecast import Cost, Evidence
 from simulator.workload.habits import Habits
 
-# Relative error of time that we assume for what nobody measured on this chip: an 80 % interval as wide as published
-# MoE step times scatter around a constant MFU (30 % median, 80 % at the 90th percentile; measured/README.md).
-UNMEASURED = (0.75, 1.6)
-BORROWED = (0.8, 1.4)
-NETWORK = {
-    "high": (0.85, 1.3),
-    "medium": (0.8, 1.4),
-    "low": (0.75, 1.6),
-    "disputed": (0.75, 1.6),
-    "assumption": (0.7, 1.8),
+# Measured over forecast step time, 10th and 90th percentile, over published steps that nothing here is fitted to
+# (benchmarks/score_steps.py, November 2026), rounded outwards; and how many steps. Forecasts lean fast, since kernels
+# measured alone outrun the same kernels in a step. The CPU has no published steps: an assumption.
+UNCALIBRATED = {
+    ("gpu", False): (1.0, 1.6, 42),
+    ("gpu", True): (0.95, 2.15, 46),
+    ("tpu", False): (0.9, 1.35, 7),
+    ("tpu", True): (0.95, 2.9, 10),
+    ("cpu", False): (0.5, 2.0, 0),
+    ("cpu", True): (0.5, 2.0, 0),
 }
 
-INTERVAL_MEANING = (
-    "80 % interval by parts: compute by the residuals of the profile's curves, communication by the confidence of"
-    " its links; uncalibrated, so an estimate of spread and not a tested coverage"
-)
 
-
-def _compute_spread(curve: Curve) -> tuple[float, float]:
-    if curve.basis in ("measured", "compiler") and curve.residuals:
-        # Kernels measured alone run slower inside a step (other streams, power): widen upwards by a tenth.
-        return curve.residuals.get("p10", 0.9), curve.residuals.get("p90", 1.1) * 1.1
-    return BORROWED if curve.basis == "borrowed" else UNMEASURED
-
-
-def _link(cluster: Cluster, outer: bool) -> Quantity:
-    chip = cluster.chip
-    if outer and chip.scale_out is not None:
-        return chip.scale_out.all_to_all_efficiency
-    return chip.scale_up.all_to_all_efficiency
-
-
-def interval(parts: Parts, cluster: Cluster, kernels: Kernels, habits: Habits) -> tuple[float, float]:
-    """Low and high step time, seconds: every part at the same end of its own spread (errors are taken as common)."""
-    low, high = _compute_spread(kernels.curve(habits.matmul_dtype))
-    outer = len(cluster.levels) > 1 or cluster.slices > 1
-    net_low, net_high = NETWORK[_link(cluster, outer).confidence]
-    compute = parts.compute_s + parts.imbalance_s + parts.bubble_s
-    network = parts.all_to_all_s + parts.communication_s
-    return compute * low + network * net_low + parts.host_s, compute * high + network * net_high + 2 * parts.host_s
+def interval(job: Job, chip: Chip, step_s: float) -> tuple[tuple[float, float], str]:
+    """Low and high step time, seconds, of an uncalibrated forecast, and what the interval is."""
+    experts = bool(job.model.moes)
+    low, high, steps = UNCALIBRATED[chip.kind, experts]
+    what = f"{'MoE' if experts else 'dense'} models on {chip.kind.upper()}s"
+    if steps:
+        meaning = (
+            f"80 % of {steps} published steps of {what} took {low:g} to {high:g} times their uncalibrated forecast"
+        )
+    else:
+        meaning = f"assumed {low:g} to {high:g} times the forecast: no published steps on a {chip.kind.upper()}"
+    return (step_s * low, step_s * high), meaning
 
 
 def _curve_text(name: str, curve: Curve) -> str:

@@ -10,7 +10,7 @@ from hw_profiles.loader import resolve_cluster
 from hw_profiles.schema import Chip
 from simulator.analysis.closed_form import ClosedForm, StageResult, busiest_rank, closed_form
 from simulator.analysis.event_options import EventOptions
-from simulator.analysis.evidence import INTERVAL_MEANING, cost_of, gather_evidence, interval
+from simulator.analysis.evidence import cost_of, gather_evidence, interval
 from simulator.job.job import Capacity, Job, RematPolicy
 from simulator.job.rules import Degrees, resolve
 from simulator.kernels.roofline import Kernels
@@ -66,14 +66,15 @@ def forecast_on(
         step, parts, events, timeline = answer.step_s, answer.parts, answer.events, answer.timeline
         all_to_all = AllToAll(answer.all_to_all_s, parts.all_to_all_s, all_to_all.bytes_per_device)
     tokens = job.tokens_per_step
+    bounds, meaning = interval(job, cluster.chip, step)
     flops = _flops(job, degrees, formula)
     peak = kernels.peak(habits.matmul_dtype)
     return Forecast(
         job=_summary(job, cluster, degrees),
         engine=engine,
         step_time_s=step,
-        step_time_interval_s=interval(parts, cluster, kernels, habits),
-        interval_meaning=INTERVAL_MEANING,
+        step_time_interval_s=bounds,
+        interval_meaning=meaning,
         sequences_per_s=job.batch.sequences / step,
         tokens_per_s=tokens / step,
         tokens_per_s_per_device=tokens / step / cluster.devices,
@@ -109,13 +110,17 @@ def _flops(job: Job, degrees: Degrees, result: ClosedForm) -> Flops:
 def _memory(job: Job, cluster: Cluster, degrees: Degrees, habits: Habits, workload: Workload) -> Memory:
     chip = cluster.chip
     reserve = chip.framework_reserve_gib.value * GIB / chip.devices_per_chip
+    capacity = chip.device_memory_bytes
+    if habits.xla:
+        # XLA's report counts the program alone; what the framework keeps for itself lowers the limit instead.
+        capacity, reserve = capacity - reserve, 0.0
     stages = stage_memories(job, degrees, habits, workload, reserve)
     meaning = (
-        "total of XLA's memory-usage report, plus the framework reserve of the profile"
+        "total of XLA's memory-usage report, against the memory less the framework reserve of the profile"
         if habits.xla
         else "allocator's peak, plus the framework reserve of the profile"
     )
-    return Memory(chip.device_memory_bytes, stages, float(argument_bytes(job, degrees, habits, workload)), meaning)
+    return Memory(capacity, stages, float(argument_bytes(job, degrees, habits, workload)), meaning)
 
 
 def _all_to_all(stages: list[StageResult]) -> AllToAll:
@@ -149,16 +154,16 @@ def _ops(degrees: Degrees, workload: Workload, result: ClosedForm) -> tuple[OpRo
     for times, n in zip(result.piece_times, workload.counts[stage], strict=True):
         for op in times.ops:
             calls = n * degrees.microbatches
-            for phase, seconds, flops in (
-                ("forward", op.forward_s, op.forward_flops),
-                ("recompute", op.recompute_s, op.recompute_flops),
-                ("backward", op.backward_s, op.backward_flops),
+            for phase, seconds, flops, bytes_, bound in (
+                ("forward", op.forward_s, op.forward_flops, op.bytes, op.bound),
+                ("recompute", op.recompute_s, op.recompute_flops, op.bytes, op.bound),
+                ("backward", op.backward_s, op.backward_flops, op.backward_bytes, op.backward_bound),
             ):
                 if calls and seconds:
-                    row = rows.setdefault((op.scope, phase), [0.0, 0.0, 0.0, 0.0, op.bound])
+                    row = rows.setdefault((op.scope, phase), [0.0, 0.0, 0.0, 0.0, bound])
                     row[0] += calls
                     row[1] += calls * flops
-                    row[2] += calls * op.bytes
+                    row[2] += calls * bytes_
                     row[3] += calls * seconds
     out = [OpRow(scope, phase, r[0], r[1], r[2], r[3], r[4]) for (scope, phase), r in rows.items()]
     return tuple(sorted(out, key=lambda o: -o.time_s))
@@ -170,7 +175,8 @@ def _routing(job: Job, degrees: Degrees, workload: Workload) -> Routing:
     dropped = 0.0
     if job.training.routing.model != "even" and layers:
         dropped = sum(p.slots.dropped_fraction * n for p, n in with_slots if p.slots is not None) / layers
-    return Routing(job.training.routing.model, dropped, busiest_rank(job, degrees, workload))
+    model = job.training.routing.model if job.model.moes else "none"
+    return Routing(model, dropped, busiest_rank(job, degrees, workload))
 
 
 def _summary(job: Job, cluster: Cluster, degrees: Degrees) -> JobSummary:
@@ -214,13 +220,16 @@ def _warnings(job: Job, cluster: Cluster, workload: Workload) -> list[str]:
         for p in workload.pieces:
             if p.slots is not None and capacity.group_tokens and p.slots.group < capacity.group_tokens:
                 out.append(
-                    f"capacity is counted over {p.slots.group} tokens in {p.name}: a microbatch has no more"
+                    f"capacity is counted over {p.slots.group} tokens in the {p.name.partition('[')[0]}:"
+                    " a microbatch has no more"
                     f" (training.capacity.group_tokens asks {capacity.group_tokens})"
                 )
         if job.training.routing.model in ("zipf", "dirichlet"):
             out.append("drops are forecast for routing by chance; a skewed router drops more")
     if offload_names(job) and cluster.chip.host_link_gb_per_s is None:
         out.append(f"{cluster.chip.name} has no host link in its profile: offloading is taken as free")
+    if job.training.dispatch.transport == "fused" and job.model.moes:
+        out.append("transport fused is forecast as a library all-to-all: no formula for fused kernels yet")
     if job.plan.schedule == "dualpipe" and job.model.moes and not job.software.overlap.all_to_all:
         out.append("dualpipe without software.overlap.all_to_all: the all-to-alls are taken as exposed")
     return out

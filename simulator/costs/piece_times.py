@@ -23,6 +23,7 @@ class OpTime:
 
     scope: str
     bound: str
+    backward_bound: str
     forward_s: Number
     backward_s: Number
     recompute_s: Number
@@ -30,6 +31,7 @@ class OpTime:
     backward_flops: Number
     recompute_flops: Number
     bytes: Number
+    backward_bytes: Number
 
 
 @dataclass(slots=True)
@@ -140,7 +142,17 @@ class Timer:
         out.executed_flops = out.executed_flops + flops * (1 + op.backward) + again_flops
         out.ops.append(
             OpTime(
-                op.scope, k.bound(op), forward, backward, recompute, flops, flops * op.backward, again_flops, op.bytes
+                op.scope,
+                k.bound(op),
+                k.bound(op, True),
+                forward,
+                backward,
+                recompute,
+                flops,
+                flops * op.backward,
+                again_flops,
+                op.bytes,
+                op.backward_bytes,
             )
         )
 

@@ -33,12 +33,14 @@ class Solo:
         # Group -1 is all groups together: they share the lane that it holds.
         before = max(lanes.values(), default=0) if group == -1 else max(lanes.get(group, 0), lanes.get(-1, 0))
         now = int(self.env.now)
-        end = lanes[group] = max(now, before) + round(self.seconds(t) / TICK_S)
-        return self.env.timeout(end - now, value=end)
+        begin = max(now, before)
+        end = lanes[group] = begin + round(self.seconds(t) / TICK_S)
+        return self.env.timeout(end - now, value=(begin, end))
 
-    def ended(self, event: simpy.Event) -> float:
-        """When a transfer ended, seconds."""
-        return float(event.value * TICK_S)  # type: ignore[operator]
+    def span(self, event: simpy.Event) -> tuple[float, float]:
+        """When a transfer began to move and ended, seconds."""
+        begin, end = event.value  # type: ignore[misc]
+        return float(begin * TICK_S), float(end * TICK_S)
 
 
 def solo(network: Network) -> Any:

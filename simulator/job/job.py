@@ -14,7 +14,9 @@ from pydantic import Field, field_validator, model_validator
 
 from simulator.job.model import Count, CountOrZero, Model, Section
 
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+# Limits far beyond sense keep every product of such numbers finite.
+Positive = Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)]
+Exponent = Annotated[float, Field(gt=0, le=20, allow_inf_nan=False)]
 Dtype = Literal["fp32", "bf16", "fp16", "fp8"]
 Axis = Literal["tensor", "context", "data", "pipeline"]
 Precision = Literal["fp32", "bf16", "selective-bf16", "fp8-tensorwise", "fp8-blockwise", "mxfp8", "nvfp4", "int8"]
@@ -116,7 +118,7 @@ class Batch(Section):
 class Capacity(Section):
     """Slots per expert: factor x N (basis tokens) or factor x k x N (basis assignments), over E, per group of N tokens.
 
-    JOB.md, section 3: mesh-tf, flaxformer, GShard and axlearn multiply tokens; Megatron, MaxText and V-MoE assignments.
+    facts on trainers: mesh-tf, flaxformer, GShard and axlearn multiply tokens; Megatron, MaxText and V-MoE assignments.
     """
 
     factor: Positive
@@ -135,12 +137,20 @@ class Dispatch(Section):
 
 
 class Routing(Section):
-    """Model of the load on experts: even, by chance, Zipf (exponent), Dirichlet (concentration), or replayed."""
+    """Model of the load on experts: even, by chance, Zipf (exponent), Dirichlet (concentration), or replayed.
+
+    `placement` says which rank holds which experts: blocks by index (unrelated to popularity), dealt in turn from the
+    most to the least popular, or packed by load. `replicas` are further slots of every rank for copies of hot experts
+    (redundant experts, arXiv:2412.19437, section 3.4); `placement_file` lists the experts of each rank instead.
+    """
 
     model: Literal["even", "chance", "zipf", "dirichlet", "replay"] = "chance"
-    exponent: Positive | None = None
+    exponent: Exponent | None = None
     concentration: Positive | None = None
     file: str | None = None
+    placement: Literal["contiguous", "dealt", "balanced"] = "contiguous"
+    replicas: CountOrZero = 0
+    placement_file: str | None = None
 
     @model_validator(mode="after")
     def _complete(self) -> Routing:
@@ -150,6 +160,10 @@ class Routing(Section):
                 raise ValueError(f"model {model} needs {name}")
             if self.model != model and value is not None:
                 raise ValueError(f"{name} = {value}: goes with model {model}, not {self.model}")
+        if self.replicas and self.placement != "balanced":
+            raise ValueError(f"replicas = {self.replicas}: goes with placement balanced, not {self.placement}")
+        if self.placement_file is not None and self.placement != "contiguous":
+            raise ValueError(f"placement = {self.placement}: placement_file already places the experts")
         return self
 
 
@@ -166,12 +180,11 @@ class RematPolicy(Section):
     @field_validator("save", "recompute", "offload", mode="before")
     @classmethod
     def _own_names(cls, value: Any) -> Any:
-        if not isinstance(value, (list, tuple)):
+        if not isinstance(value, (list, tuple)) or not all(isinstance(name, str) for name in value):
             return value
-        out: dict[Any, None] = {}
+        out: dict[str, None] = {}
         for name in value:
-            known = REMAT_ALIASES.get(name, (name,)) if isinstance(name, str) else (name,)
-            out.update(dict.fromkeys(known))
+            out.update(dict.fromkeys(REMAT_ALIASES.get(name, (name,))))
         return tuple(out)
 
     @model_validator(mode="after")

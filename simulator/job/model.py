@@ -276,7 +276,6 @@ class Model(Section):
     vocab: Count
     tied_embeddings: bool = False
     embedding_tables: Count = 1
-    embedding_dim: Count | None = None
     positions: Literal["rope", "relative_bias", "learned", "none"] = "rope"
     position_count: Count | None = None
     relative_buckets: Count = 32

@@ -71,6 +71,8 @@ def _axes(job: Job, cluster: Cluster) -> int:
 
 def _check_model(job: Job) -> None:
     p, model = job.plan, job.model
+    if model.mtp_layers > MOST_LAYERS:
+        _fail("model.mtp_layers", model.mtp_layers, f"must be at most {MOST_LAYERS:,}")
     stacks = [(n, s) for n, s in (("encoder", model.encoder), ("decoder", model.decoder)) if s is not None]
     for name, stack in stacks:
         if stack.layers > MOST_LAYERS:
@@ -99,15 +101,15 @@ def _check_model(job: Job) -> None:
                 "an LSTM is split over data and experts only",
             )
         if stack.moe is not None:
-            _check_moe(job, stack.moe)
+            _check_moe(job, name, stack.moe)
     if not model.moes and p.expert * p.expert_tensor > 1:
         _fail("plan.expert", p.expert, f"{model.name} has no experts")
 
 
-def _check_moe(job: Job, moe: Moe) -> None:
+def _check_moe(job: Job, stack: str, moe: Moe) -> None:
     p = job.plan
     if moe.experts > MOST_EXPERTS:
-        _fail("model moe.experts", moe.experts, f"must be at most {MOST_EXPERTS:,}")
+        _fail(f"model.{stack}.moe.experts", moe.experts, f"must be at most {MOST_EXPERTS:,}")
     if moe.experts % p.expert:
         _fail("plan.expert", p.expert, f"must divide the {moe.experts} experts of {job.model.name}")
     if moe.expert.hidden % p.expert_tensor:

@@ -134,10 +134,11 @@ class Kernels:
         """Seconds to move `bytes_` to or from device memory."""
         return bytes_ / self.bytes_per_s + self.overhead_s
 
-    def bound(self, op: Op) -> str:
-        """What limits the forward pass: compute, memory or overhead."""
-        memory = op.bytes / self.bytes_per_s
-        arithmetic = 0.0 if op.kind == "memory" else self.arithmetic_s(op, op.flops)
+    def bound(self, op: Op, backward: bool = False) -> str:
+        """What limits a pass: compute, memory or overhead."""
+        memory = (op.backward_bytes if backward else op.bytes) / self.bytes_per_s
+        flops = op.flops * op.backward if backward else op.flops
+        arithmetic = 0.0 if op.kind == "memory" else self.arithmetic_s(op, flops, backward)
         longest = max(memory, arithmetic)
         if self.overhead_s > longest:
             return "overhead"

@@ -155,7 +155,7 @@ class Routing:
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Dollars at a dated price; None where no price is known (`why` says so)."""
+    """Dollars at a dated price; None where no price is known (`source` says so)."""
 
     usd_per_step: float | None
     usd_per_1b_tokens: float | None

@@ -242,4 +242,3 @@ def moe_work(
     if habits.quantises:
         add_casts(ops, start, f"{prefix}.casts")
     ops.append(stream(f"{prefix}.residual", "layer_input", 3 * residual, 2 * residual))
-    work.hot_rows = work.hot_rows + (rows if hot else 0.0)

@@ -63,7 +63,7 @@ def habits_of(job: Job, chip_kind: str, *, accumulates: bool = False) -> Habits:
     """The habits of the job's stack; `generic` behaves like MaxText on a TPU or CPU, and like Megatron-LM on a GPU.
 
     - Attention: T5X and Mesh-TensorFlow (2020 to 2022) form the S x S scores. Splash attention runs separate kernels
-      for dq (3 products) and dk, dv (4): 3.5 forwards (seen in XLA's FLOP counts, tests/test_maxtext.py).
+      for dq (3 products) and dk, dv (4): 3.5 forwards (seen in XLA's FLOP counts, tests/test_memory.py).
       FlashAttention-2 (arXiv:2307.08691) shares one recomputation: 5 products, 2.5 forwards.
     - Formats: XLA stacks keep fp32 weights and moments and cast to bf16 for use; MaxText's gradient stacks are fp32 and
       are reduced in bf16 (measured from its compiled programs). Megatron-LM keeps bf16 weights, an fp32 master copy,

@@ -46,7 +46,7 @@ def saved_bytes(piece: Piece, names: set[str] | None, offload: set[str]) -> Numb
     """Bytes of a piece that wait on the device for its backward pass, one microbatch."""
     if not piece.is_layer:
         return sum(op.saved_bytes for op in piece.work.ops)
-    kept = piece.work.boundary_bytes
+    kept: Number = 0.0 if "layer_input" in offload else piece.work.boundary_bytes
     for op in piece.work.ops:
         if not is_recomputed(op, names) and op.remat not in offload:
             kept = kept + op.saved_bytes

@@ -44,7 +44,7 @@ class Comm:
     """One collective of a layer: `bytes` as nccl-tests counts, per call and rank; calls per pass of one microbatch.
 
     `axis` names the group (tensor, context, expert, ...). `recompute` are the calls that a recomputed forward repeats.
-    `fraction_between_domains` scales what leaves a fast domain where a transport sends a token once per domain.
+    `transport` names the library that carries an all-to-all; some send a token once per node.
     """
 
     scope: str
@@ -66,7 +66,6 @@ class LayerWork:
     comms: list[Comm] = field(default_factory=list)
     boundary_bytes: Number = 0.0
     dispatch_buffer_bytes: Number = 0.0
-    hot_rows: Number = 0.0
 
 
 def product(

@@ -1,28 +1,21 @@
 """Pipeline schedules in closed form: step time, and microbatches whose activations a stage keeps.
 
-f, b, w: seconds of forward, backward for inputs, and backward for weights of one microbatch on a stage (b and w
-together are the backward pass, t all three); M microbatches, P stages, V virtual stages, c seconds of a hop.
+A schedule is the orders of `simulator.workload.orders`; a step is the longest path through them. The closed form walks
+that path for the first 2 P microbatches, hops included, and lets the slowest device set the pace of the rest: exact on
+equal stages, and against the whole path within 1 % (1F1B, ZB-H1, DualPipe) or 3 % (interleaved) when stages differ
+by 25 % either way (tests/test_schedules.py). The papers' bubble formulas are not enough: they hold for equal stages
+only, ZB-H1's and DualPipe's only where the passes take equal time.
 
-The orders behind the formulas are in `simulator.engine.orders`; tests/test_orders.py compares both. Hop costs were
-found as the longest path through those orders and are exact there for equal stages.
-
-- GPipe (arXiv:1811.06965): sum f + (M-1) max f, and the same for the backward passes: exact. Hops 2c(P-1).
-- 1F1B (arXiv:2006.09503): the longest of two paths through each stage p: busy from its first forward on
-  (sum of t before p, plus M t_p), or waiting for the first microbatch's round trip (sum of all t, then the M - P + p
-  microbatches it has not begun, and the P - p - 1 backwards that remain). A lower bound; exact on equal stages, at most
-  4 % low when stages differ by up to 40 %. Hops 2c[(P-1)M/P + P-2].
-- Interleaved (arXiv:2104.04473): M max + (sum - max)/V, within 9 % when chunks differ by 20 %. Hops 2c(PV-1).
-- ZB-H1 (arXiv:2401.10241): (P-1)(f+b-w) idle. Hops 4c(P-1).
-- DualPipe (arXiv:2412.19437, table 2): (P/2-1)(F&B + b + w - 3w) idle, F&B a forward and a backward run together; with
-  unequal stages see `_dualpipe` (5 % low to 7 % high at 30 % spread). Two copies of the parameters.
-  Hops c[(P-1)M/P + max(1, 3P/2-3)].
+GPipe (arXiv:1811.06965) has an exact formula: sum f + (M-1) max f, and the same for the backward passes.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
-from simulator.numbers import Number, maximum, minimum
+from simulator.numbers import Number, maximum
+from simulator.workload.orders import BACKWARD, FORWARD, INPUT, ORDERS, WEIGHT, Action, model_stage
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,61 +52,103 @@ def in_flight(schedule: str, stage: int, stages: int, microbatches: int, virtual
     return float(min(microbatches, stages - stage))
 
 
-def pipeline_time(schedule: str, times: list[StageTimes], microbatches: Number, virtual: int, hop: Number) -> Number:
-    """Seconds from the first forward to the end of the last backward, gradient reduction excluded."""
-    stages = len(times)
-    if stages == 1:
-        return microbatches * times[0].total
-    forwards, backwards = [t.forward for t in times], [t.backward_input + t.backward_weight for t in times]
-    totals = [t.total for t in times]
-    if schedule == "gpipe":
-        flow = (
-            sum(forwards) + (microbatches - 1) * _max(forwards) + sum(backwards) + (microbatches - 1) * _max(backwards)
-        )
-        return flow + 2 * hop * (stages - 1)
-    if schedule == "1f1b":
-        return _one_forward_one_backward(totals, backwards, microbatches) + 2 * hop * (
-            (stages - 1) * microbatches / stages + stages - 2
-        )
-    if schedule == "interleaved":
-        slowest = _max(totals)
-        return microbatches * slowest + (sum(totals) - slowest) / virtual + 2 * hop * (stages * virtual - 1)
-    if schedule == "zb-h1":
-        weights, inputs = [t.backward_weight for t in times], [t.backward_input for t in times]
-        bubble = maximum((stages - 1) * (_max(forwards) + _max(inputs) - _max(weights)), 0.0)
-        return microbatches * _max(totals) + bubble + 4 * hop * (stages - 1)
-    return _dualpipe(times, totals, microbatches) + hop * (
-        (stages - 1) * microbatches / stages + max(1.0, 1.5 * stages - 3)
-    )
+@dataclass(frozen=True, slots=True)
+class _Program:
+    """A schedule's actions in an order in which all they wait for comes first, as flat columns.
 
-
-def _dualpipe(times: list[StageTimes], totals: list[Number], microbatches: Number) -> Number:
-    """Devices n and P-1-n hold the same pair of stages and must idle n times (F&B + b - 2w): the slowest such path.
-
-    Or the mean pair with the innermost device's idle time: where pairs differ little, waiting evens them out.
+    An action runs on `device` for the summed times of its `passes` (pass index, model stage); it waits for up to two
+    earlier actions, over a hop.
     """
-    stages = len(times)
-    f = sum(t.forward for t in times) / stages
-    full = sum(t.backward_input + t.backward_weight for t in times) / stages
-    w = sum(t.backward_weight for t in times) / stages
-    idle = maximum(f + 2 * full - 3 * w, 0.0)
-    longest = microbatches * sum(totals) / stages + (stages / 2 - 1) * idle
-    for n in range(stages // 2):
-        pair = totals[n] + totals[stages - 1 - n]
-        longest = maximum(longest, microbatches * pair / 2 + n * idle)
-    return longest
+
+    actions: tuple[tuple[int, tuple[tuple[int, int], ...], tuple[int, ...]], ...]
+    devices: int
 
 
-def _one_forward_one_backward(totals: list[Number], backwards: list[Number], microbatches: Number) -> Number:
-    stages, everything = len(totals), sum(totals)
-    longest: Number = 0.0
-    before: Number = 0.0
-    for p, total in enumerate(totals):
-        begun = minimum(microbatches, stages - p)
-        round_trip = everything + (microbatches - begun) * total + (begun - 1) * backwards[p]
-        longest = maximum(longest, maximum(before + microbatches * total, round_trip))
-        before = before + total
-    return longest
+_PASS = {FORWARD: 0, BACKWARD: 1, INPUT: 2, WEIGHT: 3}
+_Made = tuple[bool, int, int, int]
+
+
+@lru_cache(maxsize=64)
+def _program(schedule: str, stages: int, microbatches: int, virtual: int) -> _Program:
+    """The program of a schedule; ValueError where its orders wait for one another in a circle."""
+    orders = [ORDERS[schedule](p, stages, microbatches, virtual) for p in range(stages)]
+    last = (stages if schedule == "dualpipe" else stages * virtual) - 1
+    at = [0] * stages
+    done: dict[_Made, int] = {}
+    out: list[tuple[int, tuple[tuple[int, int], ...], tuple[int, ...]]] = []
+    left = sum(len(o) for o in orders)
+    while left:
+        before = left
+        for p, order in enumerate(orders):
+            while at[p] < len(order):
+                passes, makes, needs = _reads(schedule, p, stages, last, order[at[p]])
+                if any(key not in done for key in needs):
+                    break
+                out.append((p, passes, tuple(done[key] for key in needs)))
+                done.update(dict.fromkeys(makes, len(out) - 1))
+                at[p] += 1
+                left -= 1
+        if left == before:
+            raise ValueError(f"{schedule} with {stages} stages and {microbatches} microbatches waits for itself")
+    return _Program(tuple(out), stages)
+
+
+def _reads(
+    schedule: str, p: int, stages: int, last: int, action: Action
+) -> tuple[tuple[tuple[int, int], ...], list[_Made], list[_Made]]:
+    """Passes of an action, what it makes, and what it needs from neighbouring stages."""
+    passes: list[tuple[int, int]] = []
+    makes: list[_Made] = []
+    needs: list[_Made] = []
+    for a in (action,) if action.pair is None else (action, action.pair):
+        stage = model_stage(schedule, p, a.chunk, stages)
+        passes.append((_PASS[a.kind], stage))
+        if a.kind == WEIGHT:
+            continue
+        direction, forward = (a.chunk if schedule == "dualpipe" else 0), a.kind == FORWARD
+        makes.append((forward, stage, direction, a.microbatch))
+        neighbour = stage - 1 if forward else stage + 1
+        if 0 <= neighbour <= last:
+            needs.append((forward, neighbour, direction, a.microbatch))
+    return tuple(passes), makes, needs
+
+
+def pipeline_time(schedule: str, times: list[StageTimes], microbatches: int, virtual: int, hop: Number) -> Number:
+    """Seconds from the first forward to the end of the last backward, gradient reduction excluded.
+
+    `times` are those of each model stage in the order of its layers (for interleaved: P V of them).
+    """
+    stages = len(times) // virtual
+    if stages == 1:
+        return microbatches * sum(t.total for t in times)
+    if schedule == "gpipe":
+        forwards, backwards = [t.forward for t in times], [t.backward_input + t.backward_weight for t in times]
+        more = microbatches - 1
+        rest = sum(backwards) + more * _max(backwards) + 2 * hop * (stages - 1)
+        return sum(forwards) + more * _max(forwards) + rest
+    walked = min(microbatches, 2 * stages)
+    if schedule == "dualpipe":
+        busiest = _max([(times[i].total + times[stages - 1 - i].total) / 2 for i in range(stages // 2)])
+    else:
+        busiest = _max([sum(times[v * stages + p].total for v in range(virtual)) for p in range(stages)])
+    path = _walk(_program(schedule, stages, walked, virtual), times, hop)
+    return path + (microbatches - walked) * busiest
+
+
+def _walk(program: _Program, times: list[StageTimes], hop: Number) -> Number:
+    """Length of the longest path through a program."""
+    lengths = [(t.forward, t.backward_input + t.backward_weight, t.backward_input, t.backward_weight) for t in times]
+    clock: list[Number] = [0.0] * program.devices
+    ends: list[Number] = []
+    for device, passes, needs in program.actions:
+        begin = clock[device]
+        for need in needs:
+            begin = maximum(begin, ends[need] + hop)
+        for kind, stage in passes:
+            begin = begin + lengths[stage][kind]
+        clock[device] = begin
+        ends.append(begin)
+    return _max(clock)
 
 
 def _max(values: list[Number]) -> Number:
