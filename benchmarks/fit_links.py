@@ -203,12 +203,14 @@ class ProtocolFit:
             out.append(f"        - {{start: {start / unit_s:.3g}, step: {step / unit_s:.3g}, share: {share:.3g}}}")
         if self.own.any():
             out.append(f"      own: {own:.3g}")
-        source = f"fitted on {len(self.rows)} published measurements (sizes of even powers of two): {sources(self.rows)}"
+        source = (
+            f"fitted on {len(self.rows)} published measurements (sizes of even powers of two): {sources(self.rows)}"
+        )
         return [
             *out,
             f'      source: "{source}"',
             '      date: "2026-11"',
-            f"      confidence: {'medium' if len(self.rows) >= 12 else 'low'}",  # noqa: PLR2004
+            f"      confidence: {'medium' if len(self.rows) >= 12 else 'low'}",
             f"      residuals: {{p10: {spread['p10']:g}, p50: {spread['p50']:g}, p90: {spread['p90']:g}}}",
             f"      rows: {len(self.rows)}",
             f'      note: "{", ".join(chips)}; groups of {groups}"',
@@ -234,7 +236,7 @@ def protocol_fits(chip: Chip, rows: Sequence[Row]) -> dict[str, ProtocolFit]:
             and number(r, "message_bytes_per_rank") >= SMALL_BYTES / 2
             and is_fit_size(number(r, "message_bytes_per_rank"))
         ]
-        if len(mine) >= 8:  # noqa: PLR2004
+        if len(mine) >= 8:
             fixed = out["ring"].parts(out["ring"].x)[0] if name == "all_reduce" and "ring" in out else None
             known = chip.scale_up.in_switch_efficiency
             if name == "in_switch" and known is not None and chip.name not in FITTED_SWITCH:
@@ -256,13 +258,13 @@ def between_fit(chip: Chip, rows: Sequence[Row]) -> list[str]:
         and r["fit"] == "yes"
         and r["collective"] == "all_reduce"
         and r["n_nodes"]
-        and number(r, "n_nodes") > 2  # noqa: PLR2004
+        and number(r, "n_nodes") > 2
         and r["source_key"] not in HOST_TIMED
         and r["message_bytes_per_rank"]
         and 2**18 < number(r, "message_bytes_per_rank") <= LARGE_BYTES
         and is_fit_size(number(r, "message_bytes_per_rank"))
     ]
-    if len(mine) < 4 or chip.scale_out is None:  # noqa: PLR2004
+    if len(mine) < 4 or chip.scale_out is None:
         return []
     waits = []
     for r in mine:
@@ -283,6 +285,63 @@ def between_fit(chip: Chip, rows: Sequence[Row]) -> list[str]:
     ]
 
 
+def transport_fit(chip: Chip, rows: Sequence[Row]) -> list[str]:
+    """DeepEP inside one node: fixed time, wire efficiency, and what one SM moves; YAML. Rows that state their SMs."""
+    from simulator.calibration.collective_rows import collective_case
+
+    cases, used = [], []
+    for r in rows:
+        if r["profile"] != chip.name or not r["sms"] or not r["library"].startswith("DeepEP normal"):
+            continue
+        try:
+            case = collective_case(r)
+        except QuestionError:
+            continue
+        if case.transport == "deepep" and case.nodes == 1 and not is_fit_size(number(r, "tokens_per_rank")):
+            cases.append(case)
+            used.append(r)
+    if len(cases) < 8:
+        return []
+    seconds, bytes_, n, sms = (
+        np.array([getattr(c, k) for c in cases], float) for k in ("seconds", "bytes", "size", "sms")
+    )
+    dispatch = np.array([c.kind == "moe_dispatch" for c in cases])
+
+    def model(x: Array) -> Array:
+        start, at_dispatch, at_combine, efficiency = np.exp(x)
+        cores = 1 / (np.where(dispatch, at_dispatch, at_combine) * 1e9 * sms)
+        port = (n - 1) / n / (chip.scale_up_bytes_per_s * efficiency)
+        return np.asarray(start + bytes_ * np.maximum(cores, port))
+
+    found = [
+        least_squares(
+            lambda x: np.log(model(x) / seconds),
+            np.log([3e-5, 16.0, 20.0, e]),
+            bounds=([-16, 0, 0, -3], [-6, 5, 5, -0.05]),
+            loss="soft_l1",
+            f_scale=0.1,
+        )
+        for e in (0.4, 0.5, 0.6, 0.7, 0.8)
+    ]
+    x = min(found, key=lambda s: float(s.cost)).x
+    start, at_dispatch, at_combine, efficiency = np.exp(x)
+    spread = quantiles(seconds / model(x))
+    spread_text = f"measured/modelled p10 {spread['p10']:g}, p90 {spread['p90']:g}"
+    about = (
+        f'source: "fitted on {len(used)} published measurements: {sources(used)}", date: "2026-11", confidence: medium'
+    )
+    values = {
+        "start_us": f"{start * 1e6:.3g}",
+        "efficiency": f"{efficiency:.3g}",
+        "dispatch_sm_gb_per_s": f"{at_dispatch:.3g}",
+        "combine_sm_gb_per_s": f"{at_combine:.3g}",
+    }
+    out = ["    deepep:", *(f"      {k}: {{value: {v}, {about}}}" for k, v in values.items())]
+    out[2] = out[2][:-1] + f', note: "{spread_text}"}}'
+    sms_text = 'source: "deepseek-ai/DeepEP: Buffer.num_sms = 20", date: "2026-11", confidence: medium'
+    return [*out, f"      sms: {{value: 20, {sms_text}}}"]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Read the table and print the fits as YAML."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -295,7 +354,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (OSError, QuestionError) as error:
         print(f"fit_links: {error}", file=sys.stderr)
         return 2
-    efficiencies = {"ring": "ring_efficiency", "in_switch": "in_switch_efficiency", "all_to_all": "all_to_all_efficiency"}
+    efficiencies = {
+        "ring": "ring_efficiency",
+        "in_switch": "in_switch_efficiency",
+        "all_to_all": "all_to_all_efficiency",
+    }
     for chip in chips:
         fits = protocol_fits(chip, rows)
         print(f"# {chip.name}")
@@ -305,6 +368,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("  collectives:")
         for fit in fits.values():
             print("\n".join(fit.yaml(chip.scale_up.latency_us.value * 1e-6)))
+        tokens = transport_fit(chip, rows)
+        if tokens:
+            print("  transports:")
+            print("\n".join(tokens))
         between = between_fit(chip, rows)
         if between:
             print("# scale_out\n  collectives:")

@@ -1,7 +1,7 @@
 """Score the network model on published collectives: `python -m benchmarks.score_collectives TABLE [--json]`.
 
 TABLE is collectives.csv. Printed, per chip, nodes, library and collective: rows that no number was fitted on (sizes of
-odd powers of two; of MoE rows, odd log2 of tokens), the median and 90th percentile of |forecast/measured - 1| from 1
+odd powers of two; of DeepEP rows, even ones of tokens; sources that no profile names), the median and 90th percentile of |forecast/measured - 1| from 1
 MiB up and below, the median of forecast/measured - 1 (bias), the same on the rows that were fitted on, and a baseline:
 one constant efficiency of the port, the median over the fitted half of the same group, no latency. Rows that are no
 question to the model are counted with the reason.
@@ -59,13 +59,26 @@ class Line:
     baseline_large: float | None
 
 
+# What the profiles' numbers were read from, beyond the fits: (chip, words of the source's key).
+READ = {("h800", "deepep_v1"), ("b200", "stas_b200"), ("h200", "stas_p5en"), ("h200", "aws_p5en"), ("a100-80", "iss_")}
+SWEPT = ("a100-80", "h100-sxm", "h200", "b200", "b300", "gb200", "gb300")
+
+
 def is_fitted(row: Mapping[str, str], case: CollectiveCase) -> bool:
-    """Whether the row is in the half that `fit_links` fits on: even powers of two of bytes, of tokens for MoE rows."""
-    size = float(row["tokens_per_rank"]) if case.kind.startswith("moe_") else case.bytes
-    if case.transport == "hybridep":
-        # One number of tokens only: every second row.
-        return int(row["id"]) % 2 == 0
-    return math.floor(math.log2(size)) % 2 == 0
+    """Whether a number of the profile may rest on the row: the half that `fit_links` fits on, or a page it names.
+
+    The half is that of even powers of two of bytes, and of odd ones of tokens (MoE rows, DeepEP with its SMs stated).
+    """
+    if case.kind.startswith("moe_"):
+        if case.library == "DeepEP normal" and row["sms"]:
+            return math.floor(math.log2(float(row["tokens_per_rank"]))) % 2 == 1
+        return (case.chip, row["source_key"]) in READ
+    if case.nodes == 1 and case.chip in SWEPT:
+        return math.floor(math.log2(case.bytes)) % 2 == 0
+    if case.chip == "b200" and case.nodes > 1:
+        return (case.bytes >= LARGE and math.floor(math.log2(case.bytes)) % 2 == 0) or case.bytes > 2**32
+    read = any(case.chip == chip and row["source_key"].startswith(words) for chip, words in READ)
+    return read or case.chip in ("v100", "tpu-v5e")
 
 
 def score(rows: Sequence[Mapping[str, str]]) -> tuple[list[Scored], Counter[str]]:
@@ -162,7 +175,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.json:
         print(json.dumps({"lines": [asdict(x) for x in lines], "skipped": dict(skipped)}, indent=1))
         return 0
-    print("Errors in percent, on rows that no number was fitted on (sizes of odd powers of two).\n")
+    print("Errors in percent, on rows that no number was fitted on (see --help).\n")
     print("\n".join(table(lines)))
     held = [s for s in scored if not s.fitted]
     for name, some in (("from 1 MiB", [s for s in held if s.case.bytes >= LARGE]),

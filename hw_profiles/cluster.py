@@ -12,11 +12,23 @@ from hw_profiles.schema import Chip
 
 
 @dataclass(frozen=True, slots=True)
+class Protocols:
+    """How a library runs one collective: (start, step) in seconds and share of the rate per protocol; own share's cost.
+
+    The last protocol is that of large messages.
+    """
+
+    lines: tuple[tuple[float, float, float], ...]
+    own: float
+
+
+@dataclass(frozen=True, slots=True)
 class Level:
     """One tier of a switched network: within groups of `devices` consecutive devices, each sends at `bytes_per_s`.
 
     `latency_s` is one step of a collective algorithm over this level as the framework sees it. Efficiencies are the
-    achieved fraction of `bytes_per_s`; `in_switch_efficiency` is 0 where the switch does not add.
+    achieved fraction of `bytes_per_s`; `in_switch_efficiency` is 0 where the switch does not add. `ring` (all-gather and
+    reduce-scatter), `all_reduce`, `in_switch` and `all_to_all` hold what was measured beyond one latency and efficiency.
     """
 
     name: str
@@ -26,6 +38,10 @@ class Level:
     ring_efficiency: float
     all_to_all_efficiency: float
     in_switch_efficiency: float = 0.0
+    ring: Protocols | None = None
+    all_reduce: Protocols | None = None
+    in_switch: Protocols | None = None
+    all_to_all: Protocols | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,17 +8,19 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from hw_profiles.cluster import Cluster, Level, Torus
+from hw_profiles.cluster import Cluster, Level, Protocols, Torus
 from hw_profiles.cluster_spec import ClusterSpec, check_keys, is_rack_scale
 from hw_profiles.errors import QuestionError, nearest
 from hw_profiles.overrides import apply_overrides, quantities
-from hw_profiles.schema import Chip, Record
+from hw_profiles.schema import Chip, Record, ScaleOut, ScaleUp
 from hw_profiles.slices import Slice, all_slices, find_slice, missing_slice, slice_by_name
 from hw_profiles.validation import validate
 from hw_profiles.yaml_reader import read_yaml
 
 _FOLDER = Path(__file__).parent
 _ALIASES = re.compile(r"^aliases: \[([^\]]*)\]", re.MULTILINE)
+# In the units of the profiles; beyond these limits a forecast would not be a finite number.
+_LEAST, _MOST = 1e-6, 1e9
 _SCALE_UP_NAMES = {"nvswitch": "NVLink", "cube_mesh": "NVLink", "full_mesh": "xGMI", "pcie": "PCIe"}
 _SCALE_OUT_NAMES = {"infiniband": "InfiniBand", "ethernet": "Ethernet", "dcn": "data-centre network"}
 
@@ -101,9 +103,22 @@ def _check_numbers(chip: Chip, where: str) -> None:
             raise QuestionError(f"{where}: {name} = {{}}: must have at least one number format")
     try:
         # The rules for a number that is changed hold for one that is written.
-        apply_overrides(chip, {path: number.value for path, number in quantities(chip)})
+        _changed(chip, {path: number.value for path, number in quantities(chip)})
     except QuestionError as error:
         raise QuestionError(str(error).replace("cluster.chip.", f"{where}: ", 1)) from None
+
+
+def _changed(chip: Chip, changes: Mapping[str, str | float]) -> Chip:
+    """`chip` with `changes`; QuestionError for an unknown name, an impossible value or one beyond the limits."""
+    new = apply_overrides(chip, changes)
+    for path, number in quantities(new):
+        if path in changes and number.value and not _LEAST <= number.value <= _MOST:
+            rule = f"must be from {_LEAST:g} to {_MOST:g}"
+            raise QuestionError(f"cluster.chip.{path} = {number.value:g}: {rule}")
+    if new.overlap_slowdown.value < 1:
+        rule = "must be at least 1: compute beside communication is never faster"
+        raise QuestionError(f"cluster.chip.overlap_slowdown = {new.overlap_slowdown.value:g}: {rule}")
+    return new
 
 
 @cache
@@ -132,7 +147,7 @@ def resolve_cluster(
     profile_name = canonical_chip_name(parsed.chip_name)
     chip = chip or load_chip(profile_name)
     changes = {**parsed.chip_changes, **(chip_overrides or {})}
-    chip = apply_overrides(chip, changes)
+    chip = _changed(chip, changes)
     check_keys(parsed, chip)
     if chip.kind == "tpu":
         return _tpu(parsed, chip, find_slice(profile_name, parsed.slice or ""), name, description)
@@ -169,6 +184,15 @@ def _named(text: str) -> tuple[str, str, ClusterSpec]:
     raise QuestionError(f"cluster = {text!r:.60}: {rule}")
 
 
+def _protocols(network: ScaleUp | ScaleOut) -> dict[str, Protocols]:
+    """What was measured of each collective, its latencies in seconds."""
+    unit = network.latency_us.value * 1e-6
+    return {
+        name: Protocols(tuple((p.start * unit, p.step * unit, p.share) for p in fit.protocols), fit.own)
+        for name, fit in network.collectives.items()
+    }
+
+
 def _scale_up(chip: Chip, name: str, devices: int) -> Level:
     up = chip.scale_up
     return Level(
@@ -179,6 +203,7 @@ def _scale_up(chip: Chip, name: str, devices: int) -> Level:
         ring_efficiency=up.ring_efficiency.value,
         all_to_all_efficiency=up.all_to_all_efficiency.value,
         in_switch_efficiency=up.in_switch_efficiency.value if up.in_switch_efficiency else 0.0,
+        **_protocols(up),
     )
 
 
@@ -193,6 +218,7 @@ def _scale_out(chip: Chip, devices: int, oversubscription: float, unit: str) -> 
         latency_s=out.latency_us.value * 1e-6,
         ring_efficiency=out.ring_efficiency.value,
         all_to_all_efficiency=out.all_to_all_efficiency.value,
+        **_protocols(out),
     )
 
 

@@ -88,10 +88,63 @@ class Efficiency(Record):
     tile: Tile
 
 
+class Regime(Record):
+    """One protocol of a collective: `start` + `step` x steps of latency, and a share of the wire rate of large messages.
+
+    `start` and `step` count in `latency_us` of the network, so that a changed latency changes every size.
+    """
+
+    start: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    step: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    share: Annotated[float, Field(gt=0, le=1)] = 1.0
+
+
+class Regimes(Record):
+    """The protocols that a library chooses from, smallest messages first; a message takes the fastest.
+
+    The last has share 1, the network's efficiency. `own` is the time of a byte that stays on the device over that of a
+    byte on the wire, for groups in one domain. `residuals` are quantiles of measured/modelled time over the fitted rows.
+    """
+
+    protocols: Annotated[tuple[Regime, ...], Field(min_length=1)]
+    own: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    source: str
+    date: str
+    confidence: Confidence
+    residuals: dict[Literal["p10", "p50", "p90"], PositiveFloat] | None = None
+    rows: int | None = None
+    note: str | None = None
+
+    @model_validator(mode="after")
+    def _last_is_large(self) -> Regimes:
+        if self.protocols[-1].share != 1:
+            raise ValueError(
+                "the last of protocols must have share 1: the network's efficiency is that of large messages"
+            )
+        return self
+
+
+class TokenTransport(Record):
+    """A library that moves tokens to experts itself: fixed time, wire efficiency, and what one SM (or CU) moves.
+
+    Its time is start_us + max(bytes / (SMs x sm rate), bytes that leave / (port x efficiency)).
+    """
+
+    start_us: Quantity
+    efficiency: Quantity
+    dispatch_sm_gb_per_s: Quantity
+    combine_sm_gb_per_s: Quantity
+    sms: Quantity
+
+
+CollectiveFamily = Literal["ring", "all_reduce", "in_switch", "all_to_all"]
+
+
 class ScaleUp(Record):
     """The fast network next to the chip: ICI torus, NVLink, xGMI or the memory of a host.
 
     `in_switch_efficiency` is given where the switch adds (NVLS): buffer size over time and port rate of an all-reduce.
+    `collectives` says how small messages depart from latency and bandwidth: `ring` is all-gather and reduce-scatter.
     """
 
     kind: Literal["torus2d", "torus3d", "nvswitch", "cube_mesh", "full_mesh", "pcie", "host_memory"]
@@ -103,6 +156,8 @@ class ScaleUp(Record):
     ring_efficiency: Quantity
     all_to_all_efficiency: Quantity
     in_switch_efficiency: Quantity | None = None
+    collectives: dict[CollectiveFamily, Regimes] = {}
+    transports: dict[Literal["deepep", "hybridep"], TokenTransport] = {}
 
 
 class ScaleOut(Record):
@@ -113,6 +168,7 @@ class ScaleOut(Record):
     latency_us: Quantity
     ring_efficiency: Quantity
     all_to_all_efficiency: Quantity
+    collectives: dict[CollectiveFamily, Regimes] = {}
 
 
 class Price(Record):

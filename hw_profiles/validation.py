@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
@@ -30,6 +31,9 @@ _LIMITS = {
     "less_than_equal": ("at most", "le"),
 }
 _NAMED_KEYS = 8
+# Branches of a union are called by their type, such as Capacity, constrained-int and tuple[...].
+_FIELD = re.compile(r"[a-z0-9_]+")
+_BRANCHES = ("str", "int", "float", "bool", "none")
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
@@ -42,8 +46,9 @@ def _keys_at(model: type[BaseModel], path: Path) -> list[str]:
     """Field names allowed in the mapping at `path`."""
     models = [model]
     for part in path:
-        deeper = [m for x in models if part in x.model_fields for m in _models_in(x.model_fields[str(part)].annotation)]
-        models = deeper or models
+        fields = [x.model_fields[str(part)] for x in models if part in x.model_fields]
+        if fields:
+            models = [m for f in fields for m in _models_in(f.annotation)]
     return list(dict.fromkeys(name for m in models for name in m.model_fields))
 
 
@@ -66,7 +71,7 @@ def _path(problem: Problem, data: Any) -> Path:
             here = here[part]
         elif isinstance(here, (list, tuple)) and isinstance(part, int):
             here = here[part] if part < len(here) else None
-        elif problem["type"] not in ("missing", *_UNKNOWN) or part != problem["loc"][-1]:
+        elif not _FIELD.fullmatch(str(part)) or part in _BRANCHES:
             continue
         out.append(part)
     return tuple(out)
@@ -89,11 +94,16 @@ def _rule(problem: Problem, keys: list[str]) -> str:
     return str(problem["msg"]).removeprefix("Input should be ")
 
 
-def _nearest_literal(problems: list[Problem]) -> str:
-    for p in problems:
-        if p["type"] == "literal_error" and isinstance(p["input"], str):
-            return nearest(p["input"], [w.strip("' ") for w in p["ctx"]["expected"].replace(" or ", ", ").split(",")])
-    return ""
+def _choices(problem: Problem) -> list[str]:
+    """The values of a literal, from `'a', 'b' or 'c'`."""
+    if problem["type"] != "literal_error":
+        return []
+    return [word.strip("' ") for word in problem["ctx"]["expected"].replace(" or ", ", ").split(",")]
+
+
+def _is_unknown(problem: Problem) -> bool:
+    """Whether it is the key that is wrong, of a record or of a mapping from names that are known."""
+    return problem["type"] in _UNKNOWN or problem["loc"][-1:] == ("[key]",)
 
 
 def _sentence(field: str, problems: list[Problem], keys: list[str]) -> str:
@@ -102,27 +112,29 @@ def _sentence(field: str, problems: list[Problem], keys: list[str]) -> str:
     if first["type"] == "missing":
         return f"{field}: required, and missing"
     if first["type"] == "value_error":
-        return f"{field}: {first['msg'].removeprefix('Value error, ')}"
+        return f"{field}: {first['ctx']['error']}"
     limits = [p for p in problems if p["type"] in _LIMITS]
     rules = dict.fromkeys(_rule(p, keys) for p in limits or problems)
-    return f"{field} = {_short(first['input'])}: must be {', or '.join(rules)}{_nearest_literal(problems)}"
+    near = (
+        nearest(first["input"], [x for p in problems for x in _choices(p)]) if isinstance(first["input"], str) else ""
+    )
+    return f"{field} = {_short(first['input'])}: must be {', or '.join(rules)}{near}"
 
 
 def describe(error: ValidationError, model: type[BaseModel], data: Any, under: str = "") -> str:
     """One line for the first problem in `error`, and how many fields have more; `under` is the section of `data`."""
-    problems: list[tuple[Path, Problem]] = [(_path(p, data), p) for p in error.errors(include_url=False)]  # type: ignore[misc]
+    found: list[Problem] = [dict(p) for p in error.errors(include_url=False)]
+    problems = [(_path(p, data), p) for p in found]
     # Of a union pydantic reports each branch: the one that looked deeper into the value is the one that was meant.
-    paths = {path for path, _ in problems}
-    problems = [x for x in problems if not any(len(p) > len(x[0]) and p[: len(x[0])] == x[0] for p in paths)]
+    sections = {path[:depth] for path, _ in problems for depth in range(len(path))}
+    problems = [(path, p) for path, p in problems if path not in sections or _is_unknown(p)]
     # An unknown key or a rule of ours says most.
-    first = min(problems, key=lambda x: (x[1]["type"] not in _UNKNOWN, x[1]["type"] != "value_error"))
-    path, problem = first
+    path, problem = min(problems, key=lambda x: (not _is_unknown(x[1]), x[1]["type"] != "value_error"))
     field = ".".join(str(part) for part in ((under, *path) if under else path)) or "top level"
-    if problem["type"] in _UNKNOWN or problem["loc"][-1] == "[key]":
-        known = _keys_at(model, path[:-1])
-        if problem["type"] == "literal_error":
-            known = [w.strip("' ") for w in problem["ctx"]["expected"].replace(" or ", ", ").split(",")]
-        text = f"{field}: unknown key{nearest(str(path[-1]), known) or '; known: ' + ', '.join(known)}"
+    if _is_unknown(problem):
+        known = _choices(problem) or _keys_at(model, path[:-1])
+        hint = nearest(str(path[-1]), known) or (f"; known: {', '.join(known)}" if known else "")
+        text = f"{field}: unknown key{hint}"
     else:
         text = _sentence(field, [p for other, p in problems if other == path], _keys_at(model, path))
     more = len({p for p, _ in problems}) - 1

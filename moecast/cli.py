@@ -239,6 +239,5 @@ def main() -> None:
         raise SystemExit(0) from None
     except OSError as error:
         _let_go()
-        where = f"{error.filename}: " if error.filename else ""
-        _complain(f"{where}{error.strerror or error}")
+        _complain(f"{error.filename or 'standard output'}: {error.strerror or error}")
         raise SystemExit(FAILED) from None

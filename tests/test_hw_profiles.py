@@ -161,7 +161,7 @@ BAD = {
     "unknown chip": ({"chip": "h10O", "nodes": 1}, "did you mean 'h100'"),
     "chip is a number": ({"chip": 5, "nodes": 1}, "neither the name"),
     "unknown key": ({"chip": "h100", "node": 4}, "did you mean 'nodes'"),
-    "negative": ({"chip": "h100", "nodes": -1}, "nodes = -1: input should be greater than 0"),
+    "negative": ({"chip": "h100", "nodes": -1}, "nodes = -1: must be greater than 0"),
     "text for a number": ({"chip": "h100", "nodes": "4"}, "nodes = '4'"),
     "true for a number": ({"chip": "h100", "nodes": True}, "nodes = True"),
     "no size": ({"chip": "h100"}, "nodes: required"),

@@ -137,7 +137,7 @@ def _nccl(row: Mapping[str, str], chip: str) -> CollectiveCase:
     else:
         raise QuestionError("neither time nor bandwidth is stated")
     spec, nodes = _cluster(row, chip, n)
-    if kind == "all_reduce" and n >= 5 and nodes == 1 and resolve_cluster(spec).levels[0].in_switch_efficiency:  # noqa: PLR2004
+    if kind == "all_reduce" and n >= 5 and nodes == 1 and resolve_cluster(spec).levels[0].in_switch_efficiency:
         if row["dtype"] == "int8" or "Ring" in row["library"]:
             raise QuestionError("a ring where the switch adds floats: integers, or told to")
     return CollectiveCase(chip, spec, nodes, kind, n, 1, bytes_, 1.0, "", None, row["library"], seconds)

@@ -16,8 +16,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hw_profiles.cluster import Cluster, Torus
+from hw_profiles.cluster import Cluster, Level, Torus
 from simulator.network.groups import TorusGroup, level_members, torus_group
+from simulator.numbers import Number, minimum, where
 
 PASSES = {"all_reduce": 2.0, "all_gather": 1.0, "reduce_scatter": 1.0}
 
@@ -28,15 +29,23 @@ NVLS_FROM = 6
 
 @dataclass(frozen=True, slots=True)
 class Rate:
-    """A collective as a line: seconds = latency_s + bytes x seconds_per_byte; `level` names the slowest part."""
+    """A collective as a line for large messages: latency_s + bytes x seconds_per_byte; `level` names the slowest part.
+
+    Smaller messages may take another protocol of the library: `smaller` holds its lines (latency, seconds per byte), and
+    a message takes the fastest, so that time is concave in bytes and the line is never too low.
+    """
 
     latency_s: float
     seconds_per_byte: float
     level: str
+    smaller: tuple[tuple[float, float], ...] = ()
 
-    def seconds(self, bytes_: float) -> float:
-        """Seconds for `bytes_`; nothing to send takes no time."""
-        return self.latency_s + bytes_ * self.seconds_per_byte if bytes_ > 0 else 0.0
+    def seconds(self, bytes_: Number) -> Number:
+        """Seconds for `bytes_`, a number or an array; nothing to send takes no time."""
+        out = self.latency_s + bytes_ * self.seconds_per_byte
+        for latency_s, per_byte in self.smaller:
+            out = minimum(out, latency_s + bytes_ * per_byte)
+        return where(bytes_ > 0, out, 0.0)
 
 
 NOTHING = Rate(0.0, 0.0, "none")
@@ -70,36 +79,85 @@ def collective_rate(cluster: Cluster, kind: str, size: int, stride: int, between
     return _switched(cluster, kind, size, stride, between)
 
 
+def transport_rate(cluster: Cluster, name: str, part: str, size: int, sms: float | None = None) -> Rate | None:
+    """The line of DeepEP or HybridEP for `size` neighbours of one domain; None where the profile does not know it.
+
+    `part` is dispatch or combine. Bytes are the tokens' copies, one for each rank that holds an expert of the token, its
+    own rank included: all pass through the `sms` (default: the library's own), those of other ranks through the port.
+    """
+    known = {str(key): fit for key, fit in cluster.chip.scale_up.transports.items()}.get(name)
+    if known is None or cluster.torus is not None or size > cluster.levels[0].devices:
+        return None
+    if size <= 1:
+        return NOTHING
+    level = cluster.levels[0]
+    per_sm = known.dispatch_sm_gb_per_s if part == "dispatch" else known.combine_sm_gb_per_s
+    by_cores = 1 / (per_sm.value * 1e9 * (known.sms.value if sms is None else sms))
+    by_port = (size - 1) / size / (level.bytes_per_s * known.efficiency.value)
+    return Rate(known.start_us.value * 1e-6, max(by_cores, by_port), level.name)
+
+
 def _switched(cluster: Cluster, kind: str, size: int, stride: int, between: float) -> Rate:
     members = level_members(cluster, size, stride)
     latency, best, inner = 0.0, (0.0, "none"), 1
+    lines: list[tuple[float, float]] = []
     for i, (level, m) in enumerate(zip(cluster.levels, members, strict=True)):
         if m == inner and m != size:
             continue
-        steps = m // inner
-        if kind == "all_to_all":
-            out = (m - inner) / size
-            per_byte = out * (between if i else 1.0) / (level.bytes_per_s * level.all_to_all_efficiency)
-            latency += level.latency_s
-        elif kind == "permute":
+        if kind == "permute":
             # Neighbours in a ring: within a domain of m members one hop in m crosses the border, and sets the pace.
             per_byte = 1 / (level.bytes_per_s * level.ring_efficiency) if m > inner else 0.0
-            latency = max(latency, level.latency_s)
-        elif kind == "all_reduce" and level.in_switch_efficiency and inner == 1 and m == size and m >= NVLS_FROM:
-            per_byte = 1 / (level.bytes_per_s * level.in_switch_efficiency)
-            latency += 2 * level.latency_s
+            lines = [(level.latency_s - latency, per_byte)] if level.latency_s > latency else [(0.0, per_byte)]
+        elif kind == "all_to_all":
+            # A transport that sends a token once to a node hands its copies on inside: the fast links carry them all.
+            base = m if between < 1 and m < size else size
+            lines = _exchange(level, size, (m - inner) / base * (between if i else 1.0), alone=m == size and inner == 1)
         else:
-            passes = PASSES[kind]
-            per_byte = passes * (size - 1) / size / (level.bytes_per_s * level.ring_efficiency * inner)
-            # Small all-reduces take a tree: twice the depth instead of twice the ring.
-            tree = 2 * (steps - 1).bit_length()
-            latency += level.latency_s * (min(passes * (steps - 1), tree) if kind == "all_reduce" else steps - 1)
-        if per_byte > best[0]:
-            best = (per_byte, level.name)
-        inner = m
+            lines = _ring(level, kind, size, inner, m)
+        if lines[-1][1] > best[0]:
+            best = (lines[-1][1], level.name)
         if m == size:
             break
-    return Rate(latency, *best)
+        # Bytes go on over the slower level meanwhile: what starts a small message is all that is seen of this one.
+        latency += lines[0][0]
+        inner = m
+    smaller = tuple((latency + start, max(per_byte, best[0])) for start, per_byte in lines[:-1])
+    return Rate(latency + lines[-1][0], *best, smaller)
+
+
+def _exchange(level: Level, size: int, out: float, alone: bool) -> list[tuple[float, float]]:
+    """Lines of an all-to-all that sends the share `out` of its bytes over `level`."""
+    rate = level.bytes_per_s * level.all_to_all_efficiency
+    fit = level.all_to_all
+    if fit is None:
+        return [(level.latency_s, out / rate)]
+    work = out + (fit.own / size if alone else 0.0)
+    return [(start + step * (size - 1), work / (rate * share)) for start, step, share in fit.lines]
+
+
+def _ring(level: Level, kind: str, size: int, inner: int, m: int) -> list[tuple[float, float]]:
+    """Lines of a collective that goes round a ring through all members of `level`; where the switch adds, not round."""
+    steps, alone = m // inner, inner == 1 and m == size
+    if kind == "all_reduce" and level.in_switch_efficiency and alone and m >= NVLS_FROM:
+        rate = level.bytes_per_s * level.in_switch_efficiency
+        if level.in_switch is None:
+            return [(2 * level.latency_s, 1 / rate)]
+        return [(start + step * (size - 1), 1 / (rate * share)) for start, step, share in level.in_switch.lines]
+    passes = PASSES[kind]
+    rate = level.bytes_per_s * level.ring_efficiency * inner
+    wire = passes * (size - 1) / size
+    # Small all-reduces take a tree: twice the depth instead of twice the ring. Inside a domain it is a chain up to 8.
+    tree = 2 * (steps - 1).bit_length()
+    fit = level.all_reduce if kind == "all_reduce" else level.ring
+    if fit is None:
+        hops = min(passes * (steps - 1), tree) if kind == "all_reduce" else steps - 1
+        return [(level.latency_s * hops, wire / rate)]
+    if inner == 1:
+        hops = min(steps - 1, tree + 1) if kind == "all_reduce" else steps - 1
+    else:
+        hops = min(passes * (steps - 1), tree) if kind == "all_reduce" else steps - 1
+    work = wire + (fit.own / size if alone else 0.0)
+    return [(start + step * hops, work / (rate * share)) for start, step, share in fit.lines]
 
 
 def _torus(cluster: Cluster, torus: Torus, kind: str, size: int, stride: int) -> Rate:

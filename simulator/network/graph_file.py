@@ -128,7 +128,7 @@ def _topology(drawn: Drawn, name: str, where: str) -> Topology:
             rows.append((*ends, rate, latency, level))
     if not rows and devices > 1:
         raise QuestionError(f"{where}: no links")
-    levels = _levels(rows, where)
+    levels = _levels(rows, devices, where)
     return Topology(
         name=name,
         devices=devices,
@@ -185,11 +185,27 @@ def _number(attributes: Mapping[str, Any], key: str, where: str) -> float:
     return float(number)
 
 
-def _levels(rows: list[tuple[int, int, float, float, str]], where: str) -> tuple[str, ...]:
-    """Names of the levels, the fastest first: a flow belongs to the slowest level that it crosses."""
-    fastest: dict[str, float] = {}
-    for row in rows:
-        fastest[row[4]] = max(fastest.get(row[4], 0.0), row[2])
-    if len(fastest) > MAX_LEVELS:
-        raise QuestionError(f"{where}: {len(fastest)} levels of links; at most {MAX_LEVELS}")
-    return tuple(sorted(fastest, key=lambda name: -fastest[name])) or ("network",)
+def _levels(rows: list[tuple[int, int, float, float, str]], devices: int, where: str) -> tuple[str, ...]:
+    """Names of the levels, lowest first: those next to devices before those behind switches, then the fastest."""
+    around: dict[int, list[int]] = {}
+    for a, b, *_ in rows:
+        around.setdefault(a, []).append(b)
+        around.setdefault(b, []).append(a)
+    away = dict.fromkeys(range(devices), 0)
+    edge = list(away)
+    while edge:
+        following = []
+        for node in edge:
+            for other in around.get(node, ()):
+                if other not in away:
+                    away[other] = away[node] + 1
+                    following.append(other)
+        edge = following
+    rank: dict[str, tuple[int, float]] = {}
+    for a, b, rate, _, level in rows:
+        # A node that nothing joins to a device is found out when the topology is made.
+        here = (min(away.get(a, 0), away.get(b, 0)), -rate)
+        rank[level] = min(rank.get(level, here), here)
+    if len(rank) > MAX_LEVELS:
+        raise QuestionError(f"{where}: {len(rank)} levels of links; at most {MAX_LEVELS}")
+    return tuple(sorted(rank, key=lambda name: rank[name])) or ("network",)

@@ -36,6 +36,22 @@ def tree_flows(members: Index, bytes_: float) -> Flows:
     return np.concatenate((a, b)), np.concatenate((b, a)), np.full(2 * a.size, bytes_)
 
 
+def joined(flows: list[Flows]) -> Flows:
+    """Several lists of flows as one."""
+    return tuple(np.concatenate([f[i] for f in flows]) for i in range(3))  # type: ignore[return-value]
+
+
+def alike(layout: TorusLayout, members: Index) -> list[Index]:
+    """The groups (G x k) in classes of equal shape: one is another, moved without passing an end of an axis."""
+    chip = members // layout.devices_per_chip
+    place = np.stack((chip // layout.slice_chips, *np.unravel_index(chip % layout.slice_chips, layout.dims)))
+    shape = place - place[:, :, :1]
+    if (shape == shape[:, :1]).all():
+        return [members]
+    _, number = np.unique(shape.transpose(1, 0, 2).reshape(len(members), -1), axis=0, return_inverse=True)
+    return [members[number.ravel() == i] for i in range(int(number.max()) + 1)]
+
+
 def chips_by_slice(layout: TorusLayout, members: Index) -> Index | None:
     """Chips of each group in each slice (G*slices x c), or None where groups lie on their chips or slices unevenly."""
     chip = members // layout.devices_per_chip
@@ -95,9 +111,10 @@ def axis_rings(layout: TorusLayout, chips: Index, bytes_: float, gathers: bool) 
     return source, target, amount
 
 
-def has_open_axis(layout: TorusLayout, chips: Index) -> bool:
-    """Whether the first group (G x c chips) spans an axis that it does not close, so that its links differ in load."""
-    coordinates = np.stack(np.unravel_index(chips[0] % layout.slice_chips, layout.dims))
+def has_open_axis(layout: TorusLayout, members: Index) -> bool:
+    """Whether the first group (G x k) spans an axis that it does not close, so that its links differ in load."""
+    chips = members[0] // layout.devices_per_chip
+    coordinates = np.stack(np.unravel_index(chips % layout.slice_chips, layout.dims))
     for axis, n, wrap in zip(coordinates, layout.dims, layout.wrap, strict=True):
         values = np.unique(axis)
         if values.size > 2 and not (wrap and n == values.size * (values[1] - values[0])):

@@ -15,20 +15,26 @@ from simulator.network.coflow import Part
 from simulator.network.collectives import PASSES
 from simulator.network.joins import make_part
 from simulator.network.layouts import SwitchedLayout, TorusLayout
-from simulator.network.loads import Loads, Rail, flow_loads, rank_one_loads
+from simulator.network.loads import Loads, Rail, added, flow_loads, rank_one_loads
 from simulator.network.loads_switched import Ports, flow_ports, product_ports
 from simulator.network.ring_patterns import (
     Flows,
+    alike,
     axis_rings,
     chips_by_slice,
     has_open_axis,
     index_ring,
+    joined,
     node_rings,
 )
 from simulator.network.topology import Topology
 
 Array = NDArray[np.float64]
 Index = NDArray[np.int64]
+
+
+# Groups that lie in one domain add in its switch, those across a border form rings.
+IN_SWITCH_WHERE_POSSIBLE = "in-switch where possible"
 
 
 class PartMaker:
@@ -150,32 +156,42 @@ class PartMaker:
         if isinstance(layout, SwitchedLayout):
             if algorithm == "in-switch":
                 return self._in_switch(layout, members), False
+            if algorithm == IN_SWITCH_WHERE_POSSIBLE:
+                inside = members[:, 0] // layout.domain == members[:, -1] // layout.domain
+                added_up = self._in_switch(layout, members[inside]) if inside.any() else ()
+                across = self.rings(kind, "ring", members[~inside])[0] if not inside.all() else ()
+                return added(self.topology, [Loads(self.topology.links, p) for p in (added_up, across)]).parts, False
             return self._of_ports(layout, node_rings(self.topology, layout, members, passes), kind), False
         if algorithm == "in-switch":
             raise QuestionError(f"algorithm = 'in-switch': {self.topology.name} has no switch that adds")
-        chips = chips_by_slice(layout, members) if isinstance(layout, TorusLayout) else None
-        if not isinstance(layout, TorusLayout) or chips is None or layout.twisted:
-            amount = passes * (size - 1) / size
-            return self.flows(index_ring(members, amount), kind), False
-        phases: list[tuple[Part, ...]] = []
+        if not isinstance(layout, TorusLayout) or layout.twisted:
+            return self.flows(index_ring(members, passes * (size - 1) / size), kind), False
+        return self._torus_rings(layout, kind, members)
+
+    def _torus_rings(self, layout: TorusLayout, kind: str, members: Index) -> tuple[tuple[Part, ...], bool]:
+        """Along the axes in every slice, then between slices; groups that are no grid form one ring by index."""
+        passes, classes = PASSES[kind], alike(layout, members)
         # On an open axis the two halves of an all-reduce load the links differently, one after the other.
-        halves = 2 if kind == "all_reduce" and has_open_axis(layout, chips) else 1
-        for half in range(halves):
-            gathers = kind == "all_gather" or half == 1
-            flows = axis_rings(layout, chips, passes / halves, gathers)
-            if flows is None:
-                count = chips.shape[1]
-                flows = index_ring(chips * layout.devices_per_chip, passes / halves * (count - 1) / count)
-            phases.append(self.flows(flows, kind))
-        slices = np.unique(members[0] // (layout.devices // layout.slices)).size
-        if slices > 1:
-            grid = members.reshape(len(members), slices, -1)
-            amount = passes * (slices - 1) / slices / grid.shape[2]
-            flows = grid.ravel(), np.roll(grid, -1, axis=1).ravel(), np.full(grid.size, amount)
-            phases.append(self.flows(flows, kind))
-        if len(phases) == 1:
-            return phases[0], False
-        return tuple(p for phase in phases for p in self._together(phase)), True
+        halves = 2 if kind == "all_reduce" and any(has_open_axis(layout, c) for c in classes) else 1
+        phases: list[list[Flows]] = [[] for _ in range(halves + 1)]
+        for same in classes:
+            chips = chips_by_slice(layout, same)
+            for half in range(halves):
+                gathers = kind == "all_gather" or half == 1
+                flows = axis_rings(layout, chips, passes / halves, gathers) if chips is not None else None
+                if flows is None:
+                    ring = same if chips is None else chips * layout.devices_per_chip
+                    flows = index_ring(ring, passes / halves * (ring.shape[1] - 1) / ring.shape[1])
+                phases[half].append(flows)
+            slices = np.unique(same[0] // (layout.devices // layout.slices)).size
+            if slices > 1 and chips is not None:
+                grid = same.reshape(len(same), slices, -1)
+                amount = np.full(grid.size, passes * (slices - 1) / slices / grid.shape[2])
+                phases[-1].append((grid.ravel(), np.roll(grid, -1, axis=1).ravel(), amount))
+        found = [parts for phase in phases if phase and (parts := self.flows(joined(phase), kind))]
+        if len(found) == 1:
+            return found[0], False
+        return tuple(p for phase in found for p in self._together(phase)), len(found) > 1
 
     def _together(self, parts: tuple[Part, ...]) -> tuple[Part, ...]:
         """One part of all: what is chained is a phase, whose levels run side by side."""

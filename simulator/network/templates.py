@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 
 from hw_profiles.cluster import Cluster
 from hw_profiles.errors import QuestionError
-from simulator.network.coflow import Coflow
+from simulator.network.coflow import Coflow, Part
 from simulator.network.collectives import NVLS_FROM, PASSES
-from simulator.network.latencies import latency_s
+from simulator.network.latencies import Starts
 from simulator.network.ring_patterns import tree_flows
-from simulator.network.template_parts import PartMaker
+from simulator.network.template_parts import IN_SWITCH_WHERE_POSSIBLE, PartMaker
 from simulator.network.topology import Topology, topology_of
 
 Array = NDArray[np.float64]
@@ -65,6 +65,7 @@ class Templates:
                 f"{self.topology.name}: {self.topology.devices} devices; {cluster.name} has {cluster.devices}"
             )
         self._make = PartMaker(cluster, self.topology)
+        self._starts = Starts(cluster, self.topology)
 
     def members(self, size: int, stride: int) -> Index:
         """Devices of all groups of an axis (G x k): `size` members `stride` apart, groups in order of first member."""
@@ -93,13 +94,11 @@ class Templates:
         fastest domain; under deepep and hybridep they arrive once a node, and are forwarded in full over NVLink there
         at the same time. Raises QuestionError for what does not exist.
         """
+        if kind not in KINDS:
+            raise QuestionError(f"kind = {kind!r:.40}: must be one of {', '.join(KINDS)}")
+        if algorithm is not None and algorithm not in ALGORITHMS[kind]:
+            raise QuestionError(f"algorithm = {algorithm!r:.40}: {kind} has {', '.join(ALGORITHMS[kind])}")
         chosen = algorithm or self._algorithm(kind, size, stride)
-        if kind not in KINDS or chosen not in ALGORITHMS[kind]:
-            known = ", ".join(ALGORITHMS.get(kind, KINDS))
-            what = (
-                f"algorithm = {chosen!r:.40}: {kind} has" if kind in KINDS else f"kind = {kind!r:.40}: must be one of"
-            )
-            raise QuestionError(f"{what} {known}")
         if groups != "all" and groups < 0:
             raise QuestionError(f"groups = {groups}: must be 'all' or the number of a group, from 0")
         for name, value in (("bytes", bytes_), ("between", between)):
@@ -136,6 +135,7 @@ class Templates:
                 self._spread(groups, v, what) for v, what in zip(traffic, ("rows", "columns"), strict=True)
             )
             parts = self._make.product(groups, rows, columns, transport, between)
+            sent = float((rows[groups].sum(axis=1) * columns[groups].sum(axis=1)).sum())
         else:
             try:
                 pairs = np.broadcast_to(np.asarray(traffic, dtype=np.float64), (count, size, size))
@@ -146,9 +146,13 @@ class Templates:
             g, i, j = np.nonzero(pairs)
             flows = groups[g, i], groups[g, j], pairs[g, i, j]
             parts = self._make.flows(flows, "all_to_all", transport, between, groups)
-        stride = int(groups[0, 1] - groups[0, 0]) if size > 1 else 1
-        wait = latency_s(self.cluster, self.topology, "all_to_all", "direct", size, max(1, stride), between)
-        return Coflow("uneven all_to_all", "all_to_all", parts, wait if parts else 0.0, members=size)
+            sent = float(pairs.sum())
+        if not parts:
+            return Coflow("uneven all_to_all", "all_to_all", (), members=size)
+        # What its library does depends on the size that the mean member sends.
+        stride = max(1, int(groups[0, 1] - groups[0, 0]))
+        wait, factor = self._starts.of("all_to_all", None, size, stride, between, sent / groups.size)
+        return Coflow("uneven all_to_all", "all_to_all", _scaled(parts, factor), wait, members=size)
 
     def send(self, source: Index, target: Index, bytes_: Array | float, name: str = "send") -> Coflow:
         """Flows from devices to devices, such as the activations between two pipeline stages; one step of latency."""
@@ -156,8 +160,8 @@ class Templates:
         flows = tuple(np.ravel(e) for e in ends)
         parts = self._make.flows((flows[0], flows[1], flows[2]), "permute")
         distance = max(1, int(np.abs(flows[0] - flows[1]).max(initial=0)))
-        wait = latency_s(self.cluster, self.topology, "permute", "direct", 2, distance, 1.0)
-        return Coflow(name, "permute", parts, wait if parts else 0.0, members=flows[0].size)
+        wait, factor = self._starts.of("permute", None, 2, distance, 1.0, float(flows[2].max(initial=0.0)))
+        return Coflow(name, "permute", _scaled(parts, factor), wait if parts else 0.0, members=flows[0].size)
 
     def _spread(self, groups: Index, values: Array, what: str) -> Array:
         out = np.zeros(self.cluster.devices)
@@ -171,22 +175,23 @@ class Templates:
         if kind == "all_reduce" and self.cluster.torus is None and size >= NVLS_FROM:
             first = self.cluster.levels[0]
             if first.in_switch_efficiency and size * stride <= first.devices:
-                return "in-switch"
-        return ALGORITHMS[kind][0] if kind in ALGORITHMS else ""
+                return IN_SWITCH_WHERE_POSSIBLE
+        return ALGORITHMS[kind][0]
 
     def _of_size(self, ask: _Ask, bytes_: float) -> Coflow:
         unit = self._unit.get(ask)
         if unit is None:
             unit = self._unit[ask] = self._build(ask)
-        scaled = tuple(
-            replace(p, bytes=p.bytes * bytes_, largest_flow_bytes=p.largest_flow_bytes * bytes_) for p in unit.parts
-        )
-        if not bytes_:
-            return replace(unit, parts=(), latency_s=0.0)
-        return replace(unit, parts=scaled, meta={**unit.meta, "bytes": bytes_})
+        if not bytes_ or not unit.parts:
+            return replace(unit, parts=())
+        own = ask.algorithm == self._algorithm(ask.kind, ask.size, ask.stride)
+        algorithm = None if own else ask.algorithm
+        wait, factor = self._starts.of(ask.kind, algorithm, ask.size, ask.stride, ask.between, bytes_)
+        meta = {**unit.meta, "bytes": bytes_}
+        return replace(unit, parts=_scaled(unit.parts, bytes_ * factor), latency_s=wait, meta=meta)
 
     def _build(self, ask: _Ask) -> Coflow:
-        """The template for one byte."""
+        """The template for one byte, without latency."""
         members = self.members(ask.size, ask.stride)
         if ask.groups >= 0:
             if ask.groups >= len(members):
@@ -209,9 +214,12 @@ class Templates:
             parts = self._make.flows(tree_flows(members, 1.0), ask.kind)
         else:
             parts, chained = self._make.rings(ask.kind, ask.algorithm, members)
-        wait = latency_s(self.cluster, self.topology, ask.kind, ask.algorithm, ask.size, ask.stride, ask.between)
         meta = {"groups": float(len(members))}
-        return Coflow(name, ask.kind, parts, wait if parts else 0.0, chained, ask.size, meta)
+        return Coflow(name, ask.kind, parts, chained=chained, members=ask.size, meta=meta)
+
+
+def _scaled(parts: tuple[Part, ...], factor: float) -> tuple[Part, ...]:
+    return tuple(replace(p, bytes=p.bytes * factor, largest_flow_bytes=p.largest_flow_bytes * factor) for p in parts)
 
 
 def solo_seconds(coflow: Coflow, topology: Topology) -> float:

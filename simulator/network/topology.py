@@ -122,7 +122,8 @@ class _Key:
         self.cluster = cluster
         chip = cluster.chip
         nic = chip.scale_out.nic_gb_per_s.value if chip.scale_out else 0.0
-        self.what = (cluster.name, chip.scale_up.kind, chip.device_memory_bytes_per_s, nic, cluster.slices)
+        counts = (chip.devices_per_chip, chip.chips_per_host, chip.scale_up.links_per_chip, cluster.slices)
+        self.what = (cluster.name, chip.kind, chip.scale_up.kind, chip.device_memory_bytes_per_s, nic, counts)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Key) and self.what == other.what
