@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from hw_profiles.cluster import Cluster
 from hw_profiles.errors import QuestionError
@@ -14,7 +14,7 @@ from simulator.analysis.event_options import EventOptions
 from simulator.costs.piece_times import Timer
 from simulator.costs.reductions import StateCosts
 from simulator.engine.run import Engine, Run, Setup
-from simulator.engine.transport import solo
+from simulator.engine.transport import Layout, Shared, Solo
 from simulator.engine.work import WorkBuilder
 from simulator.job.job import Job
 from simulator.job.rules import Degrees
@@ -62,7 +62,7 @@ def by_events(
             raise QuestionError(f"straggler {device} = {factor}: a factor is a positive number")
     excess = constant(busiest_rank(job, degrees, workload) - 1)
     setup = set_up(job, cluster, degrees, habits, workload, kernels, formula, memory.by_stage, excess, chosen)
-    result = run_events(setup, solo_transport(cluster))
+    result = run_events(setup, transport_of(job, cluster, degrees, setup, chosen))
     difference = result.step_s / float(formula.step_s) - 1
     result.events = Events(
         closed_form_step_time_s=float(formula.step_s),
@@ -73,7 +73,7 @@ def by_events(
         percentiles_s=None,
         out_of_memory_probability=None,
         critical_path_s=critical_path(result.timeline).seconds,
-        links=(),
+        links=result.timeline.links,
     )
     return result
 
@@ -176,7 +176,8 @@ def _class_of(device: int, degrees: Degrees, groups: int) -> tuple[int, int]:
 
 def run_events(setup: Setup, transport: Callable[[Any], Any]) -> EventResult:
     """Run the engine, and take the parts of the step from what its classes spent."""
-    run = Engine(setup, transport).run()
+    engine = Engine(setup, transport)
+    run = engine.run()
     n = len(run.spent)
 
     def mean(name: str) -> float:
@@ -191,13 +192,21 @@ def run_events(setup: Setup, transport: Callable[[Any], Any]) -> EventResult:
     names = tuple(
         f"stage {p}" + (f", group {g}" if setup.groups > 1 else "") for p in range(stages) for g in range(setup.groups)
     )
-    timeline = run.recorder.timeline(step, names, (setup.replicas,) * n, run.memory, ())
+    timeline = run.recorder.timeline(step, names, (setup.replicas,) * n, run.memory, engine.transport.links(step))
     rows = timeline.kind == KINDS.index("all-to-all")
     exchanged = float((timeline.end_s[rows] - timeline.start_s[rows]).sum()) / n
     return EventResult(step, Parts(compute, a2a, other, host, imbalance, bubble), timeline, run, exchanged)
 
 
-def solo_transport(cluster: Cluster) -> Callable[[Any], Any]:
-    """Collectives at their solo rates."""
-    factory: Callable[[Any], Any] = solo(Network(cluster))
-    return factory
+def transport_of(
+    job: Job, cluster: Cluster, degrees: Degrees, setup: Setup, options: EventOptions
+) -> Callable[[Any], Any]:
+    """How transfers move: sharing the links of the topology, or each at its solo rate."""
+    if not options.contention:
+        return lambda env: Solo(env, Network(cluster))
+    wanted = job.training.dispatch.transport
+    transport: Literal["collective", "deepep", "hybridep"] = "collective"
+    if wanted == "deepep" or wanted == "hybridep":
+        transport = wanted
+    layout = Layout(cluster, degrees.pipeline, degrees.strides["pipeline"], transport)
+    return lambda env: Shared(env, setup, layout, options.slow_links)

@@ -21,8 +21,9 @@ from hw_profiles.yaml_reader import parse_yaml, read_text
 Ranks = list[list[int]]
 Loads = NDArray[np.float64] | Sequence[float]
 
-# Packing stops this close above the mean or the hottest copy: the noise of a microbatch is larger.
-GOOD_ENOUGH = 1.001
+# Swapping stops this close above the mean or the hottest copy, and other numbers of copies are tried only beyond NEAR
+# the mean: the noise of a microbatch is larger.
+GOOD_ENOUGH, NEAR = 1.001, 1.01
 
 
 def place_contiguous(experts: int, ranks: int) -> Ranks:
@@ -62,20 +63,20 @@ def balance(loads_E: Loads, ranks: int, slots_per_rank: int) -> Ranks:
     """
     loads = [float(x) for x in loads_E]
     least, mean = min(slots_per_rank, len(loads) // ranks), sum(loads) / ranks
-    best, peak = place_contiguous(len(loads), ranks), float("inf")
-    # An expert with a copy on every rank leaves the next ones whole; and lumpy copies can be worse than none.
-    tries = [(slots_per_rank, ranks), (slots_per_rank, max(1, ranks - 1)), (slots_per_rank, (3 * ranks + 3) // 4)]
-    tries += [(slots_per_rank, (ranks + 1) // 2), (least, 1)]
-    for slots, most in tries if slots_per_rank > least else [(least, 1)]:
-        plan = _pack_and_swap(loads, ranks, slots, most)
-        highest = float(rank_loads(loads, plan).max())
-        if highest < peak:
-            best, peak = plan, highest
-        if peak <= GOOD_ENOUGH * mean:
-            break
     contiguous = place_contiguous(len(loads), ranks)
-    if float(rank_loads(loads, contiguous).max()) < peak * (1 - 1e-12):
-        best = contiguous
+    peak, best = max(sum(loads[e] for e in own) for own in contiguous), contiguous
+    tries = [(least, 1)]
+    if slots_per_rank > least:
+        # An expert with a copy on every rank leaves the next ones whole; and lumpy copies can be worse than none.
+        limits = dict.fromkeys((ranks, max(1, ranks - 1), (3 * ranks + 3) // 4, (ranks + 1) // 2))
+        tries = [(slots_per_rank, most) for most in limits] + tries
+    for slots, most in tries:
+        highest, plan = _pack_and_swap(loads, ranks, slots, most)
+        # The plan with its slots in use wins a tie with the contiguous one.
+        if highest <= peak * (1 + 1e-12) if best is contiguous else highest < peak:
+            peak, best = highest, plan
+        if highest <= NEAR * mean:
+            break
     return [sorted(own) for own in best]
 
 
@@ -94,12 +95,11 @@ def _copies(loads: list[float], total: int, most: int) -> list[int]:
     return copies
 
 
-def _pack_and_swap(loads: list[float], ranks: int, slots: int, most: int) -> Ranks:
+def _pack_and_swap(loads: list[float], ranks: int, slots: int, most: int) -> tuple[float, Ranks]:
     copies = _copies(loads, ranks * slots, most)
     single = [x / n for x, n in zip(loads, copies, strict=True)]
     plan = _pack(single, copies, ranks, slots)
-    _swap(plan, single, GOOD_ENOUGH * max(sum(loads) / ranks, *single))
-    return plan
+    return _swap(plan, single, GOOD_ENOUGH * max(sum(loads) / ranks, *single)), plan
 
 
 def _pack(single: list[float], copies: list[int], ranks: int, slots: int) -> Ranks:
@@ -130,8 +130,11 @@ def _pack(single: list[float], copies: list[int], ranks: int, slots: int) -> Ran
     return plan
 
 
-def _swap(plan: Ranks, single: list[float], goal: float) -> None:
-    """Swap an expert of the busiest rank for a smaller one of a light rank while that lowers the busier of the two."""
+def _swap(plan: Ranks, single: list[float], goal: float) -> float:
+    """Swap an expert of the busiest rank for a smaller one of a light rank while that lowers the busier of the two.
+
+    Changes `plan`, and returns the load of its busiest rank.
+    """
     at = [sum(single[e] for e in own) for own in plan]
     # Bounded, since each swap may gain little; packings of some hundred experts end within some dozen.
     for _ in range(4 * len(plan)):
@@ -152,6 +155,7 @@ def _swap(plan: Ranks, single: list[float], goal: float) -> None:
         _, q, a, b = best
         plan[p][plan[p].index(a)], plan[q][plan[q].index(b)] = b, a
         at[p], at[q] = at[p] - single[a] + single[b], at[q] + single[a] - single[b]
+    return max(at)
 
 
 def read_placement(name: str, folder: Path, layers: int, experts: int, ranks: int) -> list[Ranks]:

@@ -47,7 +47,7 @@ class _Ask:
     size: int
     stride: int
     algorithm: str
-    groups: int
+    groups: tuple[int, ...]
     transport: str
     between: float
 
@@ -83,11 +83,11 @@ class Templates:
         stride: int,
         bytes_: float,
         algorithm: str | None = None,
-        groups: Literal["all"] | int = "all",
+        groups: Literal["all"] | int | tuple[int, ...] = "all",
         transport: Transport = "collective",
         between: float = 1.0,
     ) -> Coflow:
-        """The coflow of `kind` in groups of `size` members `stride` apart, all groups at once or one of them.
+        """The coflow of `kind` in groups of `size` members `stride` apart, all groups at once or some of them.
 
         `algorithm`: ring, tree or in-switch for all_reduce; direct or hierarchical (two levels, one after the other)
         for all_to_all; None takes what the closed form does. `between` scales the bytes of an all_to_all that leave the
@@ -99,12 +99,13 @@ class Templates:
         if algorithm is not None and algorithm not in ALGORITHMS[kind]:
             raise QuestionError(f"algorithm = {algorithm!r:.40}: {kind} has {', '.join(ALGORITHMS[kind])}")
         chosen = algorithm or self._algorithm(kind, size, stride)
-        if groups != "all" and groups < 0:
-            raise QuestionError(f"groups = {groups}: must be 'all' or the number of a group, from 0")
+        chosen_groups = () if groups == "all" else (groups,) if isinstance(groups, int) else tuple(groups)
+        if any(g < 0 for g in chosen_groups):
+            raise QuestionError(f"groups = {groups}: must be 'all' or numbers of groups, from 0")
         for name, value in (("bytes", bytes_), ("between", between)):
             if not 0 <= value < np.inf:
                 raise QuestionError(f"{name} = {value:g}: must be finite and not negative")
-        ask = _Ask(kind, size, stride, chosen, -1 if groups == "all" else groups, transport, between)
+        ask = _Ask(kind, size, stride, chosen, chosen_groups, transport, between)
         found = self._scaled.get((ask, bytes_))
         if found is None:
             found = self._scaled[ask, bytes_] = self._of_size(ask, bytes_)
@@ -193,10 +194,10 @@ class Templates:
     def _build(self, ask: _Ask) -> Coflow:
         """The template for one byte, without latency."""
         members = self.members(ask.size, ask.stride)
-        if ask.groups >= 0:
-            if ask.groups >= len(members):
-                raise QuestionError(f"groups = {ask.groups}: the axis has groups 0 to {len(members) - 1}")
-            members = members[ask.groups : ask.groups + 1]
+        if ask.groups:
+            if max(ask.groups) >= len(members):
+                raise QuestionError(f"groups = {max(ask.groups)}: the axis has groups 0 to {len(members) - 1}")
+            members = members[list(ask.groups)]
         name = f"{ask.kind} of {ask.size}, {ask.stride} apart"
         if ask.size == 1:
             return Coflow(name, ask.kind, (), members=1)
