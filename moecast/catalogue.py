@@ -12,6 +12,7 @@ from hw_profiles.loader import chip_names, cluster_names, load_chip, resolve_clu
 from hw_profiles.schema import Chip
 from reports import units
 from simulator.job.presets import load_preset, preset_names, unavailable
+from simulator.results.forecast import Forecast
 from simulator.workload.parameters import count_parameters
 
 
@@ -191,3 +192,17 @@ def show_cluster(name: str, as_json: bool) -> None:
             )
         )
     return _table(cluster.name, ("what", "value"), rows, cluster.description)
+
+
+def show_links(answer: Forecast, top: int, as_json: bool) -> None:
+    """Print the busiest links of a forecast by events."""
+    assert answer.events is not None
+    links = answer.events.links[:top]
+    if as_json:
+        return _json({"job": answer.job.name, "step_time_s": answer.step_time_s, "links": [asdict(x) for x in links]})
+    cells = [
+        (x.name, x.level, f"{100 * x.utilisation:.1f} %", f"{x.bytes / 1e9:.3g} GB", f"{x.bytes_per_s / 1e9:g} GB/s")
+        for x in links
+    ]
+    caption = "busy: bytes carried over what the link could carry in the step; links loaded alike are one row"
+    return _table(f"Busiest links of {answer.job.name}", ("link", "level", "busy", "carried", "rate"), cells, caption)

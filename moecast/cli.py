@@ -20,6 +20,7 @@ from hw_profiles.errors import QuestionError
 
 if TYPE_CHECKING:
     from hw_profiles.schema import Chip
+    from simulator.analysis.event_options import EventOptions
     from simulator.results.forecast import Forecast
 
 NO, FAILED, INTERRUPTED = 3, 4, 130
@@ -81,7 +82,7 @@ def _print_json(data: Any) -> None:
 )
 def forecast(
     jobs: Annotated[list[Path], typer.Argument(metavar="JOB.yaml...", help="One job file, or several to compare.")],
-    engine: Annotated[str, typer.Option(help="How the step is timed: closed-form.")] = "closed-form",
+    engine: Annotated[str, typer.Option(help="How the step is timed: events, or closed-form.")] = "events",
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="FIELD=VALUE", help="Change a field, such as plan.expert=16; repeatable."),
@@ -92,6 +93,19 @@ def forecast(
     html: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also write a report page that works offline.")
     ] = None,
+    perfetto: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also write the timeline as a trace for ui.perfetto.dev.")
+    ] = None,
+    straggler: Annotated[
+        list[str] | None,
+        typer.Option(metavar="DEVICE=FACTOR", help="A device whose compute takes longer, such as 17=1.3; repeatable."),
+    ] = None,
+    slow_link: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=FACTOR", help="Links with NAME in theirs run at FACTOR of their rate; repeatable."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the routing draws.")] = 0,
+    fold: Annotated[bool, typer.Option(help="Let one group stand for all equal ones.")] = True,
     strict: Annotated[bool, typer.Option(help="Exit with 3 where a job does not fit in memory.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -103,9 +117,19 @@ def forecast(
         chip = load_chip_file(profile)
     if html is not None:
         _check_page(html)
-    answers = [_answer(path, set_ or (), engine, chip, profile) for path in jobs]
+    if perfetto is not None:
+        if len(jobs) > 1 or engine != "events":
+            raise QuestionError("--perfetto: needs one job, and --engine events")
+        _check_page(perfetto)
+    options = _options(straggler, slow_link, seed, fold)
+    answers = [_answer(path, set_ or (), engine, chip, profile, options) for path in jobs]
     if html is not None:
         _write_page(answers, html)
+    if perfetto is not None:
+        from simulator.analysis.perfetto import write_perfetto
+
+        assert answers[0].timeline is not None
+        write_perfetto(answers[0].timeline, perfetto, answers[0].job.name)
     if as_json:
         _print_json(answers[0].to_dict() if len(answers) == 1 else [a.to_dict() for a in answers])
     else:
@@ -114,13 +138,48 @@ def forecast(
         raise typer.Exit(NO)
 
 
-def _answer(path: Path, changes: Sequence[str], engine: str, chip: Chip | None, profile: Path | None) -> Forecast:
+def _factors(texts: list[str] | None, name: str) -> dict[str, float]:
+    """`17=1.3` as {"17": 1.3}; QuestionError for anything else."""
+    out = {}
+    for text in texts or ():
+        what, equals, factor = text.rpartition("=")
+        try:
+            out[what] = float(factor)
+        except ValueError:
+            equals = ""
+        if not equals or not what:
+            raise QuestionError(f"{name} {text}: write it as {'DEVICE' if name == '--straggler' else 'NAME'}=FACTOR")
+    return out
+
+
+def _options(straggler: list[str] | None, slow_link: list[str] | None, seed: int, fold: bool) -> EventOptions:
+    """The choices of a run by events."""
+    from simulator.analysis.event_options import EventOptions
+
+    slow = {}
+    for device, factor in _factors(straggler, "--straggler").items():
+        if not device.isdecimal():
+            raise QuestionError(f"--straggler {device}: a device is a number from 0")
+        slow[int(device)] = factor
+    return EventOptions(seed=seed, fold=fold, stragglers=slow, slow_links=_factors(slow_link, "--slow-link"))
+
+
+def _answer(
+    path: Path,
+    changes: Sequence[str],
+    engine: str,
+    chip: Chip | None,
+    profile: Path | None,
+    options: EventOptions | None = None,
+) -> Forecast:
     """The forecast of one job file; an error says which file it is in."""
     from simulator.analysis.forecast import forecast
     from simulator.job.load import load_job
 
     try:
-        return forecast(load_job(path, changes), engine=engine, chip=chip, profile=str(profile) if profile else None)
+        job = load_job(path, changes)
+        name = str(profile) if profile else None
+        return forecast(job, engine=engine, chip=chip, profile=name, options=options, folder=path.parent)
     except QuestionError as error:
         said = str(error)
         raise QuestionError(said if said.startswith((str(path), "--set", "engine")) else f"{path}: {said}") from None
@@ -156,6 +215,28 @@ def _print_tables(answers: list[Forecast], html: Path | None) -> None:
         print_comparison(answers, console)
     if html is not None:
         console.print(f"report: {html}", style="dim", highlight=False, markup=False)
+
+
+@app.command(name="link-load", epilog="Example: moecast link-load examples/deepseek-v3.yaml --top 5")
+def link_load(
+    job: Annotated[Path, typer.Argument(metavar="JOB.yaml", help="The job file.")],
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="FIELD=VALUE", help="Change a field, such as plan.expert=16; repeatable."),
+    ] = None,
+    slow_link: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=FACTOR", help="Links with NAME in theirs run at FACTOR of their rate; repeatable."),
+    ] = None,
+    top: Annotated[int, typer.Option(min=1, max=20, help="How many links to show.")] = 10,
+    as_json: Json = False,
+) -> None:
+    """Show the links that carry most for their bandwidth in a step; links that are loaded alike count as one."""
+    answer = _answer(job, set_ or (), "events", None, None, _options(None, slow_link, 0, True))
+    assert answer.events is not None
+    from moecast.catalogue import show_links
+
+    show_links(answer, top, as_json)
 
 
 @app.command(epilog="Example: moecast models deepseek-v3")

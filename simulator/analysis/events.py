@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from hw_profiles.cluster import Cluster
@@ -49,6 +50,7 @@ def by_events(
     formula: ClosedForm,
     memory: Memory,
     options: EventOptions | None,
+    folder: Path | None = None,
 ) -> EventResult:
     """The step of `job` by events, with what the closed form missed.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from hw_profiles.cluster import Cluster
@@ -33,21 +34,27 @@ def forecast(
     chip: Chip | None = None,
     profile: str | None = None,
     options: EventOptions | None = None,
+    folder: Path | None = None,
 ) -> Forecast:
     """The forecast of `job`; `chip` replaces the cluster's chip profile (and `profile` is the name to show for it).
 
     `engine` is events (the discrete-event engine) or closed-form (formulas only, some milliseconds). Raises
     QuestionError where the job breaks a rule of its model or cluster. A job that does not fit in memory is forecast all
-    the same: `forecast.memory.fits` says so.
+    the same: `forecast.memory.fits` says so. Files that the job names (recorded routing, placements) lie in `folder`.
     """
     if engine not in ENGINES:
         raise QuestionError(f"engine = {engine!r}: known engines: {', '.join(ENGINES)}{nearest(engine, ENGINES)}")
     cluster = resolve_cluster(job.cluster, chip=chip)
-    return forecast_on(job, cluster, profile or f"{cluster.chip.name} as shipped", engine, options)
+    return forecast_on(job, cluster, profile or f"{cluster.chip.name} as shipped", engine, options, folder)
 
 
 def forecast_on(
-    job: Job, cluster: Cluster, profile: str, engine: str = "closed-form", options: EventOptions | None = None
+    job: Job,
+    cluster: Cluster,
+    profile: str,
+    engine: str = "closed-form",
+    options: EventOptions | None = None,
+    folder: Path | None = None,
 ) -> Forecast:
     """The forecast of `job` on an already resolved `cluster`."""
     degrees = resolve(job, cluster)
@@ -62,7 +69,7 @@ def forecast_on(
         # NumPy and SimPy are loaded only for an answer that needs them.
         from simulator.analysis.events import by_events
 
-        answer = by_events(job, cluster, degrees, habits, workload, kernels, formula, memory, options)
+        answer = by_events(job, cluster, degrees, habits, workload, kernels, formula, memory, options, folder)
         step, parts, events, timeline = answer.step_s, answer.parts, answer.events, answer.timeline
         all_to_all = AllToAll(answer.all_to_all_s, parts.all_to_all_s, all_to_all.bytes_per_device)
     tokens = job.tokens_per_step

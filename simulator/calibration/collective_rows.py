@@ -20,7 +20,7 @@ from typing import Any
 
 from hw_profiles.errors import QuestionError
 from hw_profiles.loader import resolve_cluster
-from simulator.network.collectives import collective_rate, transport_rate
+from simulator.network.collectives import NVLS_FROM, collective_rate, transport_rate
 
 CHIPS = {
     "A100-40 SXM": "a100-40", "A100-80 SXM": "a100-80", "A100 SXM": "a100-80", "B200": "b200", "B300": "b300",
@@ -32,7 +32,7 @@ KINDS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
 PASSES = {"all_reduce": 2.0}
 # Cards that differ from the profile's, GB/s a device: 4 x 100 Gbit/s for 8 A100, 4 x HDR for 8 A100 (a page each).
 CARDS = {("a100-80", "4x100G"): 6.25, ("a100-40", "4x100G"): 6.25, ("a100-80", "4x HDR"): 12.5}
-# Eight fp8 rows hold a scale of four bytes for 128 values; nvfp4 one byte for 16.
+# Values in fp8 hold a scale of four bytes for 128 values; nvfp4 one byte for 16.
 ELEMENT_BYTES = {"fp8": 1 + 4 / 128, "bf16": 2.0, "bfloat16": 2.0, "nvfp4": 0.5625}
 TRANSPORTS = {"DeepEP normal": "deepep", "DeepEP V1 normal": "deepep", "UCCL-EP normal": "deepep"}
 
@@ -137,9 +137,10 @@ def _nccl(row: Mapping[str, str], chip: str) -> CollectiveCase:
     else:
         raise QuestionError("neither time nor bandwidth is stated")
     spec, nodes = _cluster(row, chip, n)
-    if kind == "all_reduce" and n >= 5 and nodes == 1 and resolve_cluster(spec).levels[0].in_switch_efficiency:
-        if row["dtype"] == "int8" or "Ring" in row["library"]:
-            raise QuestionError("a ring where the switch adds floats: integers, or told to")
+    told_ring = row["dtype"] == "int8" or "Ring" in row["library"]
+    adds = nodes == 1 and n >= NVLS_FROM and bool(resolve_cluster(spec).levels[0].in_switch_efficiency)
+    if kind == "all_reduce" and told_ring and adds:
+        raise QuestionError("a ring where the switch adds floats: integers, or told to")
     return CollectiveCase(chip, spec, nodes, kind, n, 1, bytes_, 1.0, "", None, row["library"], seconds)
 
 

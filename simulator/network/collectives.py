@@ -31,8 +31,8 @@ NVLS_FROM = 6
 class Rate:
     """A collective as a line for large messages: latency_s + bytes x seconds_per_byte; `level` names the slowest part.
 
-    Smaller messages may take another protocol of the library: `smaller` holds its lines (latency, seconds per byte), and
-    a message takes the fastest, so that time is concave in bytes and the line is never too low.
+    Smaller messages may take another protocol of the library: `smaller` holds lines (latency, seconds per byte), and a
+    message takes the fastest, so that time is concave in bytes and the line is never too low.
     """
 
     latency_s: float
@@ -82,8 +82,8 @@ def collective_rate(cluster: Cluster, kind: str, size: int, stride: int, between
 def transport_rate(cluster: Cluster, name: str, part: str, size: int, sms: float | None = None) -> Rate | None:
     """The line of DeepEP or HybridEP for `size` neighbours of one domain; None where the profile does not know it.
 
-    `part` is dispatch or combine. Bytes are the tokens' copies, one for each rank that holds an expert of the token, its
-    own rank included: all pass through the `sms` (default: the library's own), those of other ranks through the port.
+    `part` is dispatch or combine. Bytes are the tokens' copies, one for each rank that holds an expert of the token,
+    its own rank included: all pass through the `sms` (default: the library's own), those of other ranks through the port.
     """
     known = {str(key): fit for key, fit in cluster.chip.scale_up.transports.items()}.get(name)
     if known is None or cluster.torus is not None or size > cluster.levels[0].devices:
