@@ -144,7 +144,7 @@ def family(r: Row, chip: Chip) -> str:
 
 
 class ProtocolFit:
-    """Protocols of one collective on one chip, by robust least squares of log(modelled/measured) from several starts."""
+    """Protocols of one collective on one chip: robust least squares of log(modelled/measured) from several starts."""
 
     def __init__(self, name: str, rows: Sequence[Row], speed: float, efficiency: float | None = None) -> None:
         self.name, self.speed, self.fixed, self.rows = name, speed, efficiency, rows
@@ -161,7 +161,7 @@ class ProtocolFit:
         self.x = self._solve()
 
     def parts(self, x: Array) -> tuple[float, float, list[tuple[float, float, float]]]:
-        """Efficiency, cost of the own share, and (start, step, share) of the protocols: logarithms and a logit in `x`."""
+        """Efficiency, cost of the own share, (start, step, share) of the protocols: logarithms and logits in `x`."""
         lines = []
         for k in (2, 5):
             lines.append((math.exp(x[k]), math.exp(x[k + 1]), 1 / (1 + math.exp(-x[k + 2]))))
@@ -172,7 +172,7 @@ class ProtocolFit:
         """Seconds of every row."""
         efficiency, own, lines = self.parts(x)
         work = (self.wire + own * self.own) / (self.speed * efficiency)
-        return np.min([start + step * self.steps + work / share for start, step, share in lines], axis=0)
+        return np.asarray(np.min([start + step * self.steps + work / share for start, step, share in lines], axis=0))
 
     def _solve(self) -> Array:
         low, high = np.full(9, -20.0), np.full(9, 5.0)

@@ -1,9 +1,10 @@
 """Score the network model on published collectives: `python -m benchmarks.score_collectives TABLE [--json]`.
 
-TABLE is collectives.csv. Printed, per chip, nodes, library and collective: rows that no number was fitted on (sizes of
-odd powers of two; of DeepEP rows, even ones of tokens; sources that no profile names), the median and 90th percentile of |forecast/measured - 1| from 1
-MiB up and below, the median of forecast/measured - 1 (bias), the same on the rows that were fitted on, and a baseline:
-one constant efficiency of the port, the median over the fitted half of the same group, no latency. Rows that are no
+TABLE is collectives.csv. Printed, per chip, nodes, library and collective, on rows that no number was fitted on (NCCL
+inside a node: sizes of odd powers of two; DeepEP with its SMs stated: even powers of tokens; sources that no profile
+names): median and 90th percentile of |forecast/measured - 1| from 1 MiB up and below, the median of forecast/measured
+- 1 (bias); then the median on the rows that were fitted on, and a baseline: one constant efficiency of the port without
+latency, the median over the fitted half (where there is none: over the same rows, which flatters it). Rows that are no
 question to the model are counted with the reason.
 """
 
@@ -59,7 +60,7 @@ class Line:
     baseline_large: float | None
 
 
-# What the profiles' numbers were read from, beyond the fits: (chip, words of the source's key).
+# What the profiles' numbers were read from, beyond the fits: (chip, begin of the source's key).
 READ = {("h800", "deepep_v1"), ("b200", "stas_b200"), ("h200", "stas_p5en"), ("h200", "aws_p5en"), ("a100-80", "iss_")}
 SWEPT = ("a100-80", "h100-sxm", "h200", "b200", "b300", "gb200", "gb300")
 

@@ -27,8 +27,8 @@ class Level:
     """One tier of a switched network: within groups of `devices` consecutive devices, each sends at `bytes_per_s`.
 
     `latency_s` is one step of a collective algorithm over this level as the framework sees it. Efficiencies are the
-    achieved fraction of `bytes_per_s`; `in_switch_efficiency` is 0 where the switch does not add. `ring` (all-gather and
-    reduce-scatter), `all_reduce`, `in_switch` and `all_to_all` hold what was measured beyond one latency and efficiency.
+    achieved fraction of `bytes_per_s`; `in_switch_efficiency` is 0 where the switch does not add. `ring` (all-gather
+    and reduce-scatter), `all_reduce`, `in_switch`, `all_to_all` hold what was measured beyond latency and efficiency.
     """
 
     name: str

@@ -184,7 +184,7 @@ def _named(text: str) -> tuple[str, str, ClusterSpec]:
     raise QuestionError(f"cluster = {text!r:.60}: {rule}")
 
 
-def _protocols(network: ScaleUp | ScaleOut) -> dict[str, Protocols]:
+def _protocols(network: ScaleUp | ScaleOut) -> dict[str, Any]:
     """What was measured of each collective, its latencies in seconds."""
     unit = network.latency_us.value * 1e-6
     return {

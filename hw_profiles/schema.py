@@ -89,7 +89,7 @@ class Efficiency(Record):
 
 
 class Regime(Record):
-    """One protocol of a collective: `start` + `step` x steps of latency, and a share of the wire rate of large messages.
+    """One protocol of a collective: `start` + `step` x steps of latency, a share of the wire rate of large messages.
 
     `start` and `step` count in `latency_us` of the network, so that a changed latency changes every size.
     """
@@ -103,7 +103,7 @@ class Regimes(Record):
     """The protocols that a library chooses from, smallest messages first; a message takes the fastest.
 
     The last has share 1, the network's efficiency. `own` is the time of a byte that stays on the device over that of a
-    byte on the wire, for groups in one domain. `residuals` are quantiles of measured/modelled time over the fitted rows.
+    byte on the wire, for groups in one domain. `residuals` are quantiles of measured/modelled time, fitted rows.
     """
 
     protocols: Annotated[tuple[Regime, ...], Field(min_length=1)]

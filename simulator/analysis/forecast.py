@@ -180,8 +180,13 @@ def _routing(job: Job, degrees: Degrees, workload: Workload) -> Routing:
     with_slots = [(p, sum(c[i] for c in workload.counts)) for i, p in enumerate(workload.pieces) if p.slots is not None]
     layers = sum(n for _, n in with_slots)
     dropped = 0.0
-    if job.training.routing.model != "even" and layers:
-        dropped = sum(p.slots.dropped_fraction * n for p, n in with_slots if p.slots is not None) / layers
+    for piece, n in with_slots:
+        slots, moe = piece.slots, piece.moe
+        assert slots is not None and moe is not None
+        # However even the router is, what has no slot is dropped.
+        least = max(0.0, 1 - slots.per_expert * moe.experts / (slots.group * moe.top_k))
+        chance = 0.0 if job.training.routing.model == "even" else slots.dropped_fraction
+        dropped += max(least, chance) * n / layers
     model = job.training.routing.model if job.model.moes else "none"
     return Routing(model, dropped, busiest_rank(job, degrees, workload))
 

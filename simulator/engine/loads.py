@@ -221,7 +221,10 @@ def layer_shares(rng: np.random.Generator, plan: LoadPlan, i: int) -> Array:
     """Chance that a token of layer `i` chooses each expert, [E], under the plan's model of routing; sums to k."""
     moe, routing = plan.layers[i].moe, plan.routing
     popularity = np.ones(moe.experts)
-    if routing.exponent is not None:
+    if moe.router.kind == "expert_choice":
+        # Experts choose their tokens: every one is exactly full.
+        pass
+    elif routing.exponent is not None:
         popularity = rng.permutation(np.arange(1.0, moe.experts + 1) ** -routing.exponent)
     elif routing.concentration is not None:
         popularity = dirichlet_popularity(rng, routing.concentration, (moe.experts,))
@@ -308,7 +311,7 @@ def dropped_fraction(loads_E: Array, slots: Slots) -> float:
 
 def expected_drops(job: Job, degrees: Degrees, *, folder: Path | None = None, seed: int = 0) -> float:
     """Share of assignments that capacity drops under the job's routing, mean over its layers with experts."""
-    if job.training.capacity == "dropless" or job.training.routing.model == "even":
+    if job.training.capacity == "dropless":
         return 0.0
     layers = moe_layers(job, degrees)
     recorded = _recorded(job, layers, folder or Path()) if job.training.routing.model == "replay" and layers else None
@@ -320,6 +323,9 @@ def expected_drops(job: Job, degrees: Degrees, *, folder: Path | None = None, se
         assert slots is not None
         shares = layer_shares(np.random.default_rng([seed, i]), plan, i)
         key = np.sort(shares).tobytes()
+        if plan.routing.model == "even" or layer.moe.router.kind == "expert_choice":
+            out.append(max(0.0, 1 - slots.per_expert / (slots.group * float(shares[0]))))
+            continue
         if key not in known:
             known[key] = dropped_fraction(slots.group * shares, slots)
         out.append(known[key])

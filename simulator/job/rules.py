@@ -11,7 +11,7 @@ from simulator.job.layout import Chunk, lay_out
 from simulator.job.model import Moe
 
 # Far beyond any model, and few enough that loops over layers or experts end while somebody waits.
-MOST_LAYERS, MOST_EXPERTS = 10_000, 1_000_000
+MOST_LAYERS, MOST_EXPERTS, DEEPEST_FFN = 10_000, 262_144, 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +77,9 @@ def _check_model(job: Job) -> None:
     for name, stack in stacks:
         if stack.layers > MOST_LAYERS:
             _fail(f"model.{name}.layers", stack.layers, f"must be at most {MOST_LAYERS:,}")
+        for part, ffn in (("ffn", stack.ffn), ("moe.expert", stack.moe.expert if stack.moe else None)):
+            if ffn is not None and ffn.depth > DEEPEST_FFN:
+                _fail(f"model.{name}.{part}.depth", ffn.depth, f"must be at most {DEEPEST_FFN}")
         layers = model.encoder_layers if name == "encoder" else model.decoder_layers
         for layer in dict.fromkeys(id(x) for x in layers):
             kind = next(x for x in layers if id(x) == layer)

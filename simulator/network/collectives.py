@@ -83,7 +83,7 @@ def transport_rate(cluster: Cluster, name: str, part: str, size: int, sms: float
     """The line of DeepEP or HybridEP for `size` neighbours of one domain; None where the profile does not know it.
 
     `part` is dispatch or combine. Bytes are the tokens' copies, one for each rank that holds an expert of the token,
-    its own rank included: all pass through the `sms` (default: the library's own), those of other ranks through the port.
+    its own rank included: all pass through the `sms` (default: the library's own), those of others through the port.
     """
     known = {str(key): fit for key, fit in cluster.chip.scale_up.transports.items()}.get(name)
     if known is None or cluster.torus is not None or size > cluster.levels[0].devices:

@@ -32,9 +32,10 @@ class Shards:
 
     @staticmethod
     def of(degrees: Degrees) -> Shards:
-        """Dense states over the shard degree; experts over all their replicas, or fewer with a smaller degree."""
-        whole = degrees.shard == degrees.data * degrees.context and degrees.shard > 1
-        return Shards(degrees.shard, degrees.expert_data if whole else min(degrees.shard, degrees.expert_data))
+        """Dense states over the shard degree; experts over the part of the same devices that holds copies of them."""
+        d = degrees
+        copies = d.shard * d.tensor // (d.expert * d.expert_tensor)
+        return Shards(d.shard, max(1, min(d.expert_data, copies)) if d.shard > 1 else 1)
 
 
 def is_recomputed(op: Op, names: set[str] | None) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 
 from simulator.job.job import Job, RematPolicy
 from simulator.job.layout import Chunk
-from simulator.job.model import Layer, Model
+from simulator.job.model import Layer, Model, Moe
 from simulator.job.rules import Degrees
 from simulator.numbers import Number
 from simulator.workload.attention import attention_work, lstm_work
@@ -31,6 +31,7 @@ class Piece:
     dense_parameters: Number
     expert_parameters: Number
     is_layer: bool = True
+    moe: Moe | None = None
     slots: Slots | None = None
     routed_tokens: Number = 0.0
     largest_matrix: Number = 0.0
@@ -139,7 +140,7 @@ class _Builder:
         whole = self.sequences * length * d.data
         arriving = whole * moe.top_k / (d.expert * d.expert_data)
         slots = slots_of(self.job, moe, length, self.sequences * length)
-        piece.slots, piece.routed_tokens = slots, routed
+        piece.moe, piece.slots, piece.routed_tokens = moe, slots, routed
         moe_work(
             piece.work, f"{prefix}.moe", moe, self.job, self.habits, layout=d.layout, slots=slots, tokens=tokens,
             stream_tokens=stream_tokens, routed_tokens=routed, assignments_here=arriving,
