@@ -11,6 +11,7 @@ from hw_profiles.cluster import Cluster
 from hw_profiles.loader import chip_names, cluster_names, load_chip, resolve_cluster
 from hw_profiles.schema import Chip
 from reports import units
+from simulator.analysis.placements import Placed
 from simulator.job.presets import load_preset, preset_names, unavailable
 from simulator.results.forecast import Forecast
 from simulator.workload.parameters import count_parameters
@@ -206,3 +207,17 @@ def show_links(answer: Forecast, top: int, as_json: bool) -> None:
     ]
     caption = "busy: bytes carried over what the link could carry in the step; links loaded alike are one row"
     return _table(f"Busiest links of {answer.job.name}", ("link", "level", "busy", "carried", "rate"), cells, caption)
+
+
+def show_placements(found: Sequence[Placed], as_json: bool) -> None:
+    """Print orders of the mesh axes and their step times."""
+    if as_json:
+        return _json([asdict(p) for p in found])
+    best = found[0].step_time_s
+    cells = [
+        (", ".join(p.order), units.seconds(p.step_time_s), f"{100 * (p.step_time_s / best - 1):+.1f} %",
+         units.seconds(p.exposed_communication_s))
+        for p in found
+    ]  # fmt: skip
+    heads = ("axes, neighbours first", "step", "over best", "exposed communication")
+    return _table("Placements", heads, cells, "use one with --set 'plan.placement={order: [...]}'")

@@ -104,6 +104,9 @@ def forecast(
         list[str] | None,
         typer.Option(metavar="NAME=FACTOR", help="Links with NAME in theirs run at FACTOR of their rate; repeatable."),
     ] = None,
+    topology: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A fabric of your own (GraphML or JSON), for events.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the routing draws.")] = 0,
     fold: Annotated[bool, typer.Option(help="Let one group stand for all equal ones.")] = True,
     strict: Annotated[bool, typer.Option(help="Exit with 3 where a job does not fit in memory.")] = False,
@@ -121,7 +124,7 @@ def forecast(
         if len(jobs) > 1 or engine != "events":
             raise QuestionError("--perfetto: needs one job, and --engine events")
         _check_page(perfetto)
-    options = _options(straggler, slow_link, seed, fold)
+    options = _options(straggler, slow_link, seed, fold, topology)
     answers = [_answer(path, set_ or (), engine, chip, profile, options) for path in jobs]
     if html is not None:
         _write_page(answers, html)
@@ -152,7 +155,9 @@ def _factors(texts: list[str] | None, name: str) -> dict[str, float]:
     return out
 
 
-def _options(straggler: list[str] | None, slow_link: list[str] | None, seed: int, fold: bool) -> EventOptions:
+def _options(
+    straggler: list[str] | None, slow_link: list[str] | None, seed: int, fold: bool, graph: Path | None = None
+) -> EventOptions:
     """The choices of a run by events."""
     from simulator.analysis.event_options import EventOptions
 
@@ -161,7 +166,9 @@ def _options(straggler: list[str] | None, slow_link: list[str] | None, seed: int
         if not device.isdecimal():
             raise QuestionError(f"--straggler {device}: a device is a number from 0")
         slow[int(device)] = factor
-    return EventOptions(seed=seed, fold=fold, stragglers=slow, slow_links=_factors(slow_link, "--slow-link"))
+    return EventOptions(
+        seed=seed, fold=fold, stragglers=slow, slow_links=_factors(slow_link, "--slow-link"), graph=graph
+    )
 
 
 def _answer(
@@ -237,6 +244,23 @@ def link_load(
     from moecast.catalogue import show_links
 
     show_links(answer, top, as_json)
+
+
+@app.command(epilog="Example: moecast placement examples/qwen3-235b-a22b.yaml")
+def placement(
+    job: Annotated[Path, typer.Argument(metavar="JOB.yaml", help="The job file.")],
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="FIELD=VALUE", help="Change a field, such as plan.expert=16; repeatable."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Try every order of the mesh axes over the devices, by closed form, fastest first."""
+    from moecast.catalogue import show_placements
+    from simulator.analysis.placements import placements
+    from simulator.job.load import load_job
+
+    show_placements(placements(load_job(job, set_ or ())), as_json)
 
 
 @app.command(epilog="Example: moecast models deepseek-v3")

@@ -53,7 +53,7 @@ class ClosedForm:
     piece_times: list[PieceTime]
 
 
-def busiest_rank(job: Job, degrees: Degrees, workload: Workload) -> float:
+def busiest_rank(job: Job, degrees: Degrees) -> float:
     """Load of the busiest expert rank over the mean under the job's routing model; 1 where capacity pads every rank."""
     routing = job.training.routing
     if not job.model.moes or degrees.expert == 1 or job.training.capacity != "dropless":
@@ -63,17 +63,19 @@ def busiest_rank(job: Job, degrees: Degrees, workload: Workload) -> float:
         if moe.router.kind == "expert_choice":
             # Experts choose their tokens: every one is exactly full.
             continue
-        tokens = max((p.routed_tokens for p in workload.pieces if p.routed_tokens), default=0.0) * degrees.expert
+        length = max(job.batch.encoder_length, job.batch.decoder_length)
+        tokens = degrees.microbatch_sequences * length * degrees.data / degrees.expert_data
+        placed = (tokens, routing.placement, routing.replicas)
         if routing.model == "chance":
             worst = max(worst, float(busiest_over_mean(tokens, moe, degrees.expert)))
         elif routing.model == "zipf":
             assert routing.exponent is not None
-            worst = max(worst, zipf_busiest(moe, degrees.expert, routing.exponent))
+            worst = max(worst, zipf_busiest(moe, degrees.expert, routing.exponent, *placed))
         elif routing.model == "dirichlet":
             assert routing.concentration is not None
-            worst = max(worst, dirichlet_busiest(moe, degrees.expert, routing.concentration))
+            worst = max(worst, dirichlet_busiest(moe, degrees.expert, routing.concentration, *placed))
         elif routing.model == "replay":
-            raise QuestionError("training.routing.model = replay: recorded loads need the events engine, not yet here")
+            raise QuestionError("training.routing.model = replay: recorded loads need --engine events")
     return worst
 
 
@@ -216,10 +218,21 @@ class _Stage:
 
 
 def closed_form(
-    job: Job, cluster: Cluster, degrees: Degrees, habits: Habits, workload: Workload, kernels: Kernels
+    job: Job,
+    cluster: Cluster,
+    degrees: Degrees,
+    habits: Habits,
+    workload: Workload,
+    kernels: Kernels,
+    busiest: float | None = None,
 ) -> ClosedForm:
-    """Step time and parts of `job`; QuestionError for what formulas cannot answer (recorded routing)."""
-    timer = Timer(job, cluster, degrees, habits, kernels, busiest_rank(job, degrees, workload))
+    """Step time and parts of `job`.
+
+    `busiest` is the busiest expert rank's load over the mean where it is known (recorded routing); else the routing
+    model's expectation. QuestionError for what formulas cannot answer.
+    """
+    load = busiest_rank(job, degrees) if busiest is None else busiest
+    timer = Timer(job, cluster, degrees, habits, kernels, load)
     times = [timer.time(p) for p in workload.pieces]
     stage = _Stage(job, cluster, degrees, habits, kernels, timer)
     results: dict[tuple[int, ...], StageResult] = {}

@@ -9,11 +9,13 @@ from typing import Any, Literal
 
 from hw_profiles.cluster import Cluster
 from hw_profiles.errors import QuestionError
-from simulator.analysis.closed_form import ClosedForm, busiest_rank
+from simulator.analysis.closed_form import ClosedForm
 from simulator.analysis.critical_path import critical_path
+from simulator.analysis.draws import out_of_memory, percentiles
 from simulator.analysis.event_options import EventOptions
 from simulator.costs.piece_times import Timer
 from simulator.costs.reductions import StateCosts
+from simulator.engine.loads import expert_loads
 from simulator.engine.run import Engine, Run, Setup
 from simulator.engine.transport import Layout, Shared, Solo
 from simulator.engine.work import WorkBuilder
@@ -62,18 +64,28 @@ def by_events(
             raise QuestionError(f"straggler {device}: devices are 0 to {cluster.devices - 1}")
         if not 0 < factor < float("inf"):
             raise QuestionError(f"straggler {device} = {factor}: a factor is a positive number")
-    excess = constant(busiest_rank(job, degrees, workload) - 1)
+    groups = 1 if chosen.fold and not chosen.stragglers else _groups(job, degrees)
+    loads = None
+    excess = even
+    if job.model.moes and degrees.expert > 1:
+        loads = expert_loads(job, degrees, groups, chosen.seed, folder=folder)
+        excess = loads.excess
     setup = set_up(job, cluster, degrees, habits, workload, kernels, formula, memory.by_stage, excess, chosen)
     result = run_events(setup, transport_of(job, cluster, degrees, setup, chosen))
     difference = result.step_s / float(formula.step_s) - 1
+    spread = risk = None
+    dropless = job.training.capacity == "dropless"
+    if loads is not None and dropless and job.training.routing.model in ("zipf", "dirichlet"):
+        spread = percentiles(job, setup, formula, loads, result.step_s, chosen.samples)
+        risk = out_of_memory(job, setup, workload, loads, memory, chosen.samples)
     result.events = Events(
         closed_form_step_time_s=float(formula.step_s),
         difference=difference,
         missed=missed(formula.parts, result.parts, float(formula.step_s)) if abs(difference) > 0.02 else (),
         seed=chosen.seed,
         folded=setup.groups == 1,
-        percentiles_s=None,
-        out_of_memory_probability=None,
+        percentiles_s=spread,
+        out_of_memory_probability=risk,
         critical_path_s=critical_path(result.timeline).seconds,
         links=result.timeline.links,
     )
@@ -101,11 +113,6 @@ def even(group: int, stage: int, microbatch: int) -> float:
     """No excess load anywhere."""
     del group, stage, microbatch
     return 0.0
-
-
-def constant(excess: float) -> Callable[[int, int, int], float]:
-    """The same excess everywhere: the closed form's expectation."""
-    return lambda group, stage, microbatch: excess
 
 
 def set_up(
@@ -210,5 +217,5 @@ def transport_of(
     transport: Literal["collective", "deepep", "hybridep"] = "collective"
     if wanted == "deepep" or wanted == "hybridep":
         transport = wanted
-    layout = Layout(cluster, degrees.pipeline, degrees.strides["pipeline"], transport)
+    layout = Layout(cluster, degrees.pipeline, degrees.strides["pipeline"], transport, options.graph)
     return lambda env: Shared(env, setup, layout, options.slow_links)

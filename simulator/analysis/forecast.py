@@ -61,7 +61,8 @@ def forecast_on(
     habits = habits_of(job, cluster.chip.kind, accumulates=degrees.microbatches > 1)
     workload = build_workload(job, degrees, habits)
     kernels = Kernels(cluster.chip)
-    formula = closed_form(job, cluster, degrees, habits, workload, kernels)
+    busiest = _recorded_load(job, degrees, options, folder) if engine == "events" else None
+    formula = closed_form(job, cluster, degrees, habits, workload, kernels, busiest)
     memory = _memory(job, cluster, degrees, habits, workload)
     step, parts, all_to_all = float(formula.step_s), formula.parts, _all_to_all(formula.stages)
     events = timeline = None
@@ -93,7 +94,7 @@ def forecast_on(
         all_to_all=all_to_all,
         collectives=_collectives(formula.stages),
         ops=_ops(degrees, workload, formula),
-        routing=_routing(job, degrees, workload),
+        routing=_routing(job, degrees, workload, busiest, folder),
         cost=cost_of(cluster, step, tokens),
         evidence=gather_evidence(job, cluster, degrees, habits, kernels, _warnings(job, cluster, workload), profile),
         events=events,
@@ -176,19 +177,41 @@ def _ops(degrees: Degrees, workload: Workload, result: ClosedForm) -> tuple[OpRo
     return tuple(sorted(out, key=lambda o: -o.time_s))
 
 
-def _routing(job: Job, degrees: Degrees, workload: Workload) -> Routing:
-    with_slots = [(p, sum(c[i] for c in workload.counts)) for i, p in enumerate(workload.pieces) if p.slots is not None]
-    layers = sum(n for _, n in with_slots)
+def _recorded_load(job: Job, degrees: Degrees, options: EventOptions | None, folder: Path | None) -> float | None:
+    """The busiest rank's load over the mean in recorded routing; None where the routing is a model."""
+    if job.training.routing.model != "replay" or not job.model.moes:
+        return None
+    from simulator.engine.loads import expert_loads
+
+    return expert_loads(job, degrees, 1, options.seed if options else 0, folder=folder).busiest_overall()
+
+
+def _routing(job: Job, degrees: Degrees, workload: Workload, busiest: float | None, folder: Path | None) -> Routing:
+    layers = sum(n for counts in workload.counts for p, n in zip(workload.pieces, counts, strict=True) if p.slots)
+    routing, dropped = job.training.routing, 0.0
+    if layers and routing.model in ("zipf", "dirichlet", "replay"):
+        # NumPy and SciPy only for a router that formulas do not cover.
+        from simulator.engine.loads import expected_drops
+
+        dropped = expected_drops(job, degrees, folder=folder)
+    elif layers:
+        dropped = _drops(workload, layers, routing.model == "even")
+    load = busiest_rank(job, degrees) if busiest is None else busiest
+    return Routing(routing.model if job.model.moes else "none", dropped, load)
+
+
+def _drops(workload: Workload, layers: int, even: bool) -> float:
+    """Share of assignments that capacity drops, mean over the layers with experts."""
     dropped = 0.0
-    for piece, n in with_slots:
+    for i, piece in enumerate(workload.pieces):
         slots, moe = piece.slots, piece.moe
-        assert slots is not None and moe is not None
+        if slots is None or moe is None:
+            continue
         # However even the router is, what has no slot is dropped.
         least = max(0.0, 1 - slots.per_expert * moe.experts / (slots.group * moe.top_k))
-        chance = 0.0 if job.training.routing.model == "even" else slots.dropped_fraction
-        dropped += max(least, chance) * n / layers
-    model = job.training.routing.model if job.model.moes else "none"
-    return Routing(model, dropped, busiest_rank(job, degrees, workload))
+        chance = 0.0 if even or moe.router.kind == "expert_choice" else slots.dropped_fraction
+        dropped += max(least, chance) * sum(counts[i] for counts in workload.counts) / layers
+    return dropped
 
 
 def _summary(job: Job, cluster: Cluster, degrees: Degrees) -> JobSummary:
@@ -236,8 +259,6 @@ def _warnings(job: Job, cluster: Cluster, workload: Workload) -> list[str]:
                     " a microbatch has no more"
                     f" (training.capacity.group_tokens asks {capacity.group_tokens})"
                 )
-        if job.training.routing.model in ("zipf", "dirichlet"):
-            out.append("drops are forecast for routing by chance; a skewed router drops more")
     if offload_names(job) and cluster.chip.host_link_gb_per_s is None:
         out.append(f"{cluster.chip.name} has no host link in its profile: offloading is taken as free")
     if job.training.dispatch.transport == "fused" and job.model.moes:

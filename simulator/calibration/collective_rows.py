@@ -79,6 +79,8 @@ def collective_case(row: Mapping[str, str]) -> CollectiveCase:
         raise QuestionError("listed apart: a badly tuned system")
     if row["chip"] == "":
         raise QuestionError("the chip is not stated")
+    if chip is None and row["chip"].startswith("TPU"):
+        raise QuestionError("TPU: the shape of the slice is not stated")
     if chip is None:
         raise QuestionError(f"no profile of {row['chip']}")
     if kind.endswith("_ll"):

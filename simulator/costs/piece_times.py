@@ -165,10 +165,10 @@ class Timer:
             size, rate = self.rate(comm.axis, kind, between)
             if size <= 1:
                 return
-            seconds = rate.latency_s + comm.bytes * rate.seconds_per_byte
+            seconds = rate.seconds(comm.bytes)
             if kind == "permute":
                 # Keys and values go round a ring of n ranks in n - 1 steps.
-                seconds = (size - 1) * (rate.latency_s + comm.bytes * rate.seconds_per_byte)
+                seconds = (size - 1) * rate.seconds(comm.bytes)
             stride = self.degrees.strides[comm.axis]
             out.comms.append(
                 CommTime(comm.scope, kind, size, comm.bytes, forward, backward, seconds, rate.level, stride, between)

@@ -212,9 +212,8 @@ class ExpertLoads:
         layer, plan = self.plan.layers[i], self.plan
         shares = layer_shares(rng, plan, i)
         split = split_matrix(self._placement(i, shares), len(shares))
-        return draw_loads(
-            rng, layer.tokens, layer.moe.top_k, shares, split, (plan.groups, plan.microbatches), plan.noise
-        )
+        noise = plan.noise and layer.moe.router.kind != "expert_choice"
+        return draw_loads(rng, layer.tokens, layer.moe.top_k, shares, split, (plan.groups, plan.microbatches), noise)
 
 
 def layer_shares(rng: np.random.Generator, plan: LoadPlan, i: int) -> Array:

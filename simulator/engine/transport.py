@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -13,11 +14,12 @@ from hw_profiles.cluster import Cluster
 from hw_profiles.errors import QuestionError
 from simulator.engine.setup import Setup
 from simulator.engine.work import Transfer
-from simulator.network.coflow import Coflow
+from simulator.network.coflow import Coflow, Part
 from simulator.network.collectives import Network
 from simulator.network.flight import TICK_S
 from simulator.network.fluid import Fluid
 from simulator.network.folding import fold
+from simulator.network.graph_file import topology_from_file
 from simulator.network.templates import Templates
 from simulator.network.transfers import FluidProcess
 from simulator.results.links import LinkUse
@@ -35,9 +37,9 @@ class Solo:
         self._free: dict[tuple[int, bool], dict[int, int]] = {}
 
     def seconds(self, t: Transfer) -> float:
-        """Seconds of a transfer: its calls' latencies, and its bytes at the solo rate."""
+        """Seconds of a transfer: its calls one after the other at the solo rate."""
         rate = self.network.rate(t.kind, t.size, t.stride, t.between)
-        return t.calls * rate.latency_s + t.bytes * rate.seconds_per_byte
+        return float(t.calls * rate.seconds(t.bytes / t.calls)) if t.calls else 0.0
 
     def transfer(self, t: Transfer, stage: int, group: int) -> simpy.Event:
         """Start it now; the event fires at its end."""
@@ -69,7 +71,8 @@ class Shared:
 
     def __init__(self, env: simpy.Environment, setup: Setup, layout: Layout, slow_links: dict[str, float]) -> None:
         self.setup, self.layout = setup, layout
-        self.templates = Templates(layout.cluster)
+        graph = None if layout.graph is None else topology_from_file(layout.graph)
+        self.templates = Templates(layout.cluster, graph)
         topology = self.templates.topology
         bandwidth = topology.bandwidth_bytes_per_s.copy()
         for name, factor in slow_links.items():
@@ -116,20 +119,20 @@ class Shared:
                 # Groups of the engine that are not this collective's groups each start an equal share of all of it.
                 share = 1 / self.setup.groups
         transport = self.layout.transport if kind == "all_to_all" else "collective"
-        chosen = tuple(mine)
-        return self.templates.collective(kind, size, stride, share, groups=chosen, transport=transport, between=between)
+        unit = self.templates.shape(kind, size, stride, tuple(mine), transport, between)
+        return unit if share == 1.0 else replace(unit, parts=_scaled(unit.parts, share))
 
     def transfer(self, t: Transfer, stage: int, group: int) -> simpy.Event:
         """Start it now; the event fires at its end."""
         key = (t, stage, group)
         coflow = self._ready.get(key)
         if coflow is None:
-            unit = self._units[self._question(t, stage, group)]
-            parts = tuple(
-                replace(p, bytes=p.bytes * t.bytes, largest_flow_bytes=p.largest_flow_bytes * t.bytes)
-                for p in (unit.parts if t.bytes > 0 else ())
-            )
-            coflow = self._ready[key] = replace(unit, name=t.name, parts=parts, latency_s=unit.latency_s * t.calls)
+            unit, wait = self._units[self._question(t, stage, group)], 0.0
+            parts: tuple[Part, ...] = ()
+            if t.bytes > 0 and unit.parts:
+                wait, factor = self.templates.start(t.kind, t.size, t.stride, t.between, t.bytes / t.calls)
+                parts = _scaled(unit.parts, t.bytes * factor)
+            coflow = self._ready[key] = replace(unit, name=t.name, parts=parts, latency_s=wait * t.calls)
         return self.process.transfer(coflow)
 
     def span(self, event: simpy.Event) -> tuple[float, float]:
@@ -156,14 +159,19 @@ class Shared:
         )
 
 
+def _scaled(parts: tuple[Part, ...], factor: float) -> tuple[Part, ...]:
+    return tuple(replace(p, bytes=p.bytes * factor, largest_flow_bytes=p.largest_flow_bytes * factor) for p in parts)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Layout:
-    """Where stages sit on a cluster, and which library carries the all-to-alls."""
+    """Where stages sit on a cluster, which library carries the all-to-alls, and the file of a fabric of one's own."""
 
     cluster: Cluster
     stages: int
     stage_stride: int
     transport: Literal["collective", "deepep", "hybridep"]
+    graph: Path | None = None
 
     def stage_of(self, device: int) -> int:
         """Pipeline rank of a device."""

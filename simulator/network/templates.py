@@ -113,6 +113,26 @@ class Templates:
                 self._scaled.popitem(last=False)
         return found
 
+    def shape(
+        self,
+        kind: str,
+        size: int,
+        stride: int,
+        groups: tuple[int, ...],
+        transport: Transport = "collective",
+        between: float = 1.0,
+    ) -> Coflow:
+        """The coflow of one byte a rank of these groups, without latency: scale it by bytes and `start`'s factor."""
+        ask = _Ask(kind, size, stride, self._algorithm(kind, size, stride), groups, transport, between)
+        unit = self._unit.get(ask)
+        if unit is None:
+            unit = self._unit[ask] = self._build(ask)
+        return unit
+
+    def start(self, kind: str, size: int, stride: int, between: float, bytes_: float) -> tuple[float, float]:
+        """Latency (s) of one call with `bytes_`, and the factor on its bytes that the library's protocol costs."""
+        return self._starts.of(kind, None, size, stride, between, bytes_)
+
     def all_to_all_matrix(
         self,
         members: Index,

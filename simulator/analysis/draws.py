@@ -1,0 +1,87 @@
+"""What a skewed router does to a step, over many draws of who is popular: percentiles, and the risk to memory.
+
+The engine runs one draw. For the others the closed form's pipeline takes each stage's mean excess load of that draw,
+and the ratio to the engine's own draw scales its step: a hundred draws cost less than one run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from simulator.analysis.closed_form import ClosedForm
+from simulator.engine.loads import ExpertLoads
+from simulator.engine.setup import Setup
+from simulator.job.job import Job
+from simulator.results.forecast import Memory
+from simulator.workload.schedules import StageTimes, in_flight, pipeline_time
+from simulator.workload.stages import Workload
+
+# Popularity is drawn once per layer and step, so that a few microbatches show a draw's mean.
+MICROBATCHES = 2
+QUANTILES = {"p50": 0.50, "p95": 0.95, "p99": 0.99}
+
+
+def _mean_excess(loads: ExpertLoads, stages: int) -> list[float]:
+    count = loads.plan.microbatches
+    return [sum(loads.excess(0, s, m) for m in range(count)) / count for s in range(stages)]
+
+
+def _pipeline(job: Job, setup: Setup, formula: ClosedForm, excess: list[float]) -> float:
+    """Seconds of the pipeline when stage s has this excess; per device for interleaved, chunks averaged."""
+    times = []
+    for p, stage in enumerate(formula.stages):
+        assert stage.times is not None
+        chunks = setup.devices[p].chunks[: setup.virtual]
+        hot_f = sum(c.forward.hot_s * excess[v * setup.stages + p] for v, c in enumerate(chunks))
+        hot_b = sum(c.input.hot_s * excess[v * setup.stages + p] for v, c in enumerate(chunks))
+        t, expected = stage.times, stage.imbalance_s / setup.microbatches
+        times.append(
+            StageTimes(
+                float(t.forward - expected / 3 + hot_f),
+                float(t.backward_input - expected * 2 / 3 + hot_b),
+                float(t.backward_weight),
+            )
+        )
+    schedule = "1f1b" if job.plan.schedule == "interleaved" else job.plan.schedule
+    return float(pipeline_time(schedule, times, setup.microbatches, 1, setup.hop_s))
+
+
+def percentiles(
+    job: Job, setup: Setup, formula: ClosedForm, loads: ExpertLoads, step_s: float, samples: int
+) -> dict[str, float]:
+    """p50, p95 and p99 of the step over `samples` draws, seconds; `loads` is the draw that took `step_s`."""
+    few = ExpertLoads(replace(loads.plan, microbatches=min(MICROBATCHES, loads.plan.microbatches), groups=1), 0)
+    base = _pipeline(job, setup, formula, _mean_excess(loads, setup.model_stages))
+    steps = [
+        step_s * _pipeline(job, setup, formula, _mean_excess(few.resample(seed), setup.model_stages)) / base
+        for seed in range(1, samples + 1)
+    ]
+    return {name: float(np.quantile(steps, q)) for name, q in QUANTILES.items()}
+
+
+def out_of_memory(
+    job: Job, setup: Setup, workload: Workload, loads: ExpertLoads, memory: Memory, samples: int
+) -> float:
+    """Share of draws in which some rank's experts keep more rows than the memory left over holds.
+
+    A rank's expert activations grow with its load, summed over the stage's layers and its microbatches in flight.
+    """
+    few = ExpertLoads(replace(loads.plan, microbatches=1, groups=1), 0)
+    hot = max((sum(op.saved_bytes for op in p.work.ops if op.hot) for p in workload.pieces), default=0.0)
+    spare = [memory.capacity_bytes - m.peak_bytes for m in memory.by_stage]
+    by_stage: dict[int, list[int]] = {}
+    for i, layer in enumerate(few.plan.layers):
+        by_stage.setdefault(layer.stage % setup.stages, []).append(i)
+    over = 0
+    for seed in range(1, samples + 1):
+        drawn = few.resample(seed)
+        for stage, layers in by_stage.items():
+            loads_of = np.array([drawn.rank_loads(i, 0, 0) for i in layers])
+            excess = (loads_of / loads_of.mean(axis=1, keepdims=True) - 1).sum(axis=0).max()
+            flight = in_flight(job.plan.schedule, stage, setup.stages, setup.microbatches, setup.virtual)
+            if hot * excess * flight > spare[stage]:
+                over += 1
+                break
+    return over / samples
