@@ -6,10 +6,10 @@ import json
 import os
 import re
 import shlex
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Never
 
@@ -198,7 +198,7 @@ def test_the_schema_takes_the_examples_and_refuses_what_the_reader_refuses(call:
     assert set(schema["$defs"]["Model"]["properties"]) == set(Model.model_fields)
     for definition in schema["$defs"].values():
         assert definition.get("type") != "object" or definition["additionalProperties"] is False
-    checks = [lambda job: validate(job, schema, schema)]
+    checks: list[Callable[[Any], bool]] = [partial(validate, schema=schema, root=schema)]
     try:
         import jsonschema
     except ImportError:
@@ -254,7 +254,7 @@ cli.main()
 """
     running = _start("-c", code, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     out, said = running.communicate(timeout=25)
-    assert (running.returncode, out, said) == (130, "", "") and signal.getsignal(signal.SIGINT)
+    assert (running.returncode, out, said) == (130, "", "")
 
 
 @pytest.mark.parametrize(
