@@ -107,6 +107,12 @@ def words(value: object) -> str:
 
 def plan_line(plan: Mapping[str, Any]) -> str:
     """The plan in one line, without what is off, 1 or left to its default."""
-    said = [(k, v) for k, v in plan.items() if v is not None and v is not False and v != 1 and v != "none"]
+    alone = plan.get("pipeline", 1) == 1
+    hidden = ("schedule", "virtual_stages", "layers_per_stage") if alone else ()
+    said = [
+        (k, v)
+        for k, v in plan.items()
+        if k not in hidden and v is not None and v is not False and v != 1 and v != "none"
+    ]
     text = ", ".join(k.replace("_", " ") if v is True else f"{k.replace('_', ' ')} {words(v)}" for k, v in said)
     return text or "no parallelism"

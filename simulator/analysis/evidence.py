@@ -37,6 +37,13 @@ def interval(job: Job, chip: Chip, step_s: float) -> tuple[tuple[float, float], 
     return (step_s * low, step_s * high), meaning
 
 
+BASES = {
+    "data sheet": "its data sheet",
+    "borrowed": "the curve of a sibling chip",
+    "assumption": "an assumed curve",
+}
+
+
 def _curve_text(name: str, curve: Curve) -> str:
     rows = f", {curve.rows} rows" if curve.rows else ""
     return f"{name}: {curve.basis}{rows} ({curve.source}, {curve.date}; confidence {curve.confidence})"
@@ -78,7 +85,7 @@ def gather_evidence(
         others = ", ".join(f"{a.value:g} ({a.source})" for a in peak.disputed)
         notes.append(f"the {runs_as} peak of {chip.name} is disputed: {peak.value:g} TFLOP/s here, {others}")
     if curve.basis not in ("measured", "compiler"):
-        notes.append(f"no kernel measurements of {chip.name} in {runs_as}: compute times rest on {curve.basis}")
+        notes.append(f"no kernel measurements of {chip.name} in {runs_as}: compute times rest on {BASES[curve.basis]}")
     return Evidence(
         profile=profile,
         calibration="uncalibrated: no trace of this job or chip was used",
