@@ -190,7 +190,7 @@ def test_parts_are_those_of_the_record() -> None:
 
 
 def test_plan_line_says_what_is_on() -> None:
-    assert plan_line(switch().job.plan) == "data 32, expert 32, schedule 1f1b, microbatch sequences 64"
+    assert plan_line(switch().job.plan) == "data 32, expert 32, microbatch sequences 64"
     assert plan_line({}) == "no parallelism"
 
 
