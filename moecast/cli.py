@@ -9,7 +9,8 @@ import errno
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -107,7 +108,7 @@ def forecast(
     topology: Annotated[
         Path | None, typer.Option(metavar="FILE", help="A fabric of your own (GraphML or JSON), for events.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the routing draws.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the routing draws.")] = 0,
     fold: Annotated[bool, typer.Option(help="Let one group stand for all equal ones.")] = True,
     strict: Annotated[bool, typer.Option(help="Exit with 3 where a job does not fit in memory.")] = False,
     as_json: Json = False,
@@ -124,8 +125,13 @@ def forecast(
         if len(jobs) > 1 or engine != "events":
             raise QuestionError("--perfetto: needs one job, and --engine events")
         _check_page(perfetto)
+    if (straggler or slow_link or topology) and engine != "events":
+        raise QuestionError("--straggler, --slow-link and --topology: need --engine events")
     options = _options(straggler, slow_link, seed, fold, topology)
-    answers = [_answer(path, set_ or (), engine, chip, profile, options) for path in jobs]
+    answers = []
+    for i, path in enumerate(jobs):
+        with _busy(f"forecasting {path.stem}" + (f", {i + 1} of {len(jobs)}" if len(jobs) > 1 else "")):
+            answers.append(_answer(path, set_ or (), engine, chip, profile, options))
     if html is not None:
         _write_page(answers, html)
     if perfetto is not None:
@@ -145,13 +151,16 @@ def _factors(texts: list[str] | None, name: str) -> dict[str, float]:
     """`17=1.3` as {"17": 1.3}; QuestionError for anything else."""
     out = {}
     for text in texts or ():
-        what, equals, factor = text.rpartition("=")
+        what, _, number = text.rpartition("=")
         try:
-            out[what] = float(factor)
+            factor = float(number)
         except ValueError:
-            equals = ""
-        if not equals or not what:
+            what = ""
+        if not what:
             raise QuestionError(f"{name} {text}: write it as {'DEVICE' if name == '--straggler' else 'NAME'}=FACTOR")
+        if not 1e-3 <= factor <= 1e3:
+            raise QuestionError(f"{name} {what} = {factor:g}: a factor is from 0.001 to 1000")
+        out[what] = factor
     return out
 
 
@@ -183,10 +192,29 @@ def _answer(
     from simulator.analysis.forecast import forecast
     from simulator.job.load import load_job
 
-    try:
+    with _naming(path):
         job = load_job(path, changes)
         name = str(profile) if profile else None
         return forecast(job, engine=engine, chip=chip, profile=name, options=options, folder=path.parent)
+
+
+@contextmanager
+def _busy(doing: str) -> Iterator[None]:
+    """Say on a terminal what takes its time; nothing where standard error is a file or a pipe."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(doing):
+        yield
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """An error within says that it is about the job in `path`, unless it is about an option."""
+    try:
+        yield
     except QuestionError as error:
         said = str(error)
         raise QuestionError(said if said.startswith((str(path), "--set", "engine")) else f"{path}: {said}") from None
@@ -260,7 +288,9 @@ def placement(
     from simulator.analysis.placements import placements
     from simulator.job.load import load_job
 
-    show_placements(placements(load_job(job, set_ or ())), as_json)
+    with _naming(job):
+        found = placements(load_job(job, set_ or ()))
+    show_placements(found, as_json)
 
 
 @app.command(epilog="Example: moecast models deepseek-v3")

@@ -22,7 +22,7 @@ from simulator.job.model import Model
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
-COMMANDS = ("forecast", "models", "chips", "clusters", "schema")
+COMMANDS = ("forecast", "link-load", "placement", "models", "chips", "clusters", "schema")
 FORMULA = ("--engine", "closed-form")
 TOO_BIG = "model: mixtral-8x7b\ncluster: h100-64\nbatch: {sequences: 64, length: 4096}\n"
 
@@ -133,7 +133,7 @@ def test_the_example_in_the_help_of_a_command_works(command: str, call: Call, tm
 def test_every_command_is_listed_and_tried_here(call: Call) -> None:
     code, out, _ = call("--help")
     assert code == 0
-    assert re.findall(r"^  ([a-z]+)  ", out.partition("Commands:")[2], re.MULTILINE) == list(COMMANDS)
+    assert re.findall(r"^  ([a-z-]+)  ", out.partition("Commands:")[2], re.MULTILINE) == list(COMMANDS)
     assert call()[0] in (0, 2)
     code, out, _ = call("--version")
     assert code == 0 and re.fullmatch(r"moecast \d+\.\d+\.\d+\S*\n", out)
@@ -265,7 +265,7 @@ cli.main()
         ("forecast", "examples/t5-base.yaml", *FORMULA, "--json"),
         ("schema",),
     ],
-    ids=lambda arguments: " ".join(arguments),
+    ids=" ".join,
 )
 def test_a_reader_that_has_gone_is_no_failure(arguments: tuple[str, ...]) -> None:
     running = _start("-m", "moecast", *arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -279,6 +279,9 @@ def test_a_reader_that_has_gone_is_no_failure(arguments: tuple[str, ...]) -> Non
 def test_output_is_plain_where_the_terminal_knows_ascii_only() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "moecast", "forecast", "examples/deepseek-v3.yaml", *FORMULA],
-        cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"}, capture_output=True, check=True,
-    )  # fmt: skip
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        check=True,
+    )
     assert done.stdout.isascii() and b"step time" in done.stdout and not done.stderr
