@@ -164,6 +164,8 @@ def test_expected_maximum_against_known_values() -> None:
 
 def test_zipf_and_domains() -> None:
     assert zipf_busiest(moe(4, 1), 4, 1.0) == pytest.approx(4 / (1 + 1 / 2 + 1 / 3 + 1 / 4))
+    # Samples of different length: few ranks, and noise on top of the skew.
+    assert 1 < zipf_busiest(moe(32, 1), 2, 0.7, 4096.0) < 2
     assert zipf_busiest(moe(4, 1), 1, 1.0) == 1
     # All 8 choices over 8 nodes: 8 (1 - (7/8)^8) different nodes; DeepSeek-V3 may use 4 of 8.
     assert distinct_domains(moe(256, 8), 8) == pytest.approx(8 * (1 - (7 / 8) ** 8))

@@ -212,7 +212,10 @@ def _skewed_busiest(
         # The spread of the average expert of a rank is precise enough for noise on top of the skew.
         spread = loads if top_k == 1 else loads * np.maximum(1 - loads * ranks / experts, 0.0)
         z = np.random.default_rng(1).standard_normal((max(1, NOISE // ranks), ranks))
-        z = np.resize(z, (max(len(z), len(loads)), ranks)) * np.sqrt(spread / tokens)
+        # Whichever sample is shorter is gone through again.
+        rows = max(len(z), len(loads))
+        loads, spread = np.resize(loads, (rows, ranks)), np.resize(spread, (rows, ranks))
+        z = np.resize(z, (rows, ranks)) * np.sqrt(spread / tokens)
         total = np.maximum(spread.sum(axis=-1, keepdims=True), 1e-300)
         loads = loads + z - spread / total * z.sum(axis=-1, keepdims=True)
     return float(min(loads.max(axis=-1).mean() * ranks / top_k, ranks, experts / top_k))
