@@ -145,10 +145,35 @@ def _quantities(data: Any, path: str = "") -> list[tuple[str, str, str, str]]:
 
 def show_chip(name: str, as_json: bool) -> None:
     """Print one chip with the source, date and confidence of every number."""
-    data = load_chip(name).model_dump(mode="json", exclude_none=True)
+    from rich.console import Console
+    from rich.markup import escape
+
+    chip = load_chip(name)
+    data = chip.model_dump(mode="json", exclude_none=True)
+    data["per_device"] = {
+        "peak_tflops": {k: q.value / chip.devices_per_chip for k, q in chip.peak_tflops.items()},
+        "memory_gib": chip.device_memory_bytes / 2**30,
+        "memory_bandwidth_gb_per_s": chip.device_memory_bytes_per_s / 1e9,
+    }
     if as_json:
         return _json(data)
-    return _table(data["title"], ("number", "value", "confidence", "source"), _quantities(data), data.get("notes"))
+    console = Console()
+    console.print(f"[bold]{escape(chip.title)}[/bold]", highlight=False)
+    if chip.devices_per_chip > 1:
+        one = data["per_device"]
+        peaks = ", ".join(f"{k} {v:g}" for k, v in one["peak_tflops"].items())
+        console.print(
+            f"{chip.devices_per_chip} JAX devices a chip, each: {peaks} TFLOP/s, {one['memory_gib']:g} GiB,"
+            f" {one['memory_bandwidth_gb_per_s']:g} GB/s; below per chip",
+            highlight=False,
+        )
+    # A line for the number and one for its source: sources are too long for a column.
+    for path, value, confidence, source in _quantities(data):
+        console.print(f"{path} [bold]{escape(value)}[/bold] {escape(confidence)}", highlight=False)
+        console.print(f"    {source}", style="dim", highlight=False, markup=False)
+    if data.get("notes"):
+        console.print(data["notes"], markup=False, highlight=False)
+    return None
 
 
 def _cluster_data(cluster: Cluster) -> dict[str, Any]:
