@@ -359,6 +359,58 @@ def test_an_unknown_name_is_refused_with_the_nearest(
     refused(expected, *arguments)
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (("--straggler", "3"), "--straggler 3: write it as DEVICE=FACTOR"),
+        (("--straggler", "x=2"), "--straggler x: a device is a number from 0"),
+        (("--straggler", "3=nan"), "--straggler 3 = nan: a factor is from 0.001 to 1000"),
+        (("--straggler", "3=-1"), "--straggler 3 = -1: a factor is from 0.001 to 1000"),
+        (("--straggler", "3=1e300"), "--straggler 3 = 1e+300: a factor is from 0.001 to 1000"),
+        (("--straggler", "64=2"), "job.yaml: straggler 64: devices are 0 to 63"),
+        (("--slow-link", "=0.5"), "--slow-link =0.5: write it as NAME=FACTOR"),
+        (("--slow-link", "NVLink=0"), "--slow-link NVLink = 0: a factor is from 0.001 to 1000"),
+        (("--slow-link", "nothing=0.5"), "slow link 'nothing': no link of h100-sxm-64 has this in its name"),
+        (("--slow-link", "NVLink=0.5", *FORMULA), "--straggler, --slow-link and --topology: need --engine events"),
+        (("--perfetto", "trace.json", *FORMULA), "--perfetto: needs one job, and --engine events"),
+        (("--topology", "none.json"), "none.json: no such file"),
+        (("--topology", "job.yaml"), "job.yaml: must end in .graphml, .xml or .json"),
+        (("--set", "training.routing={model: replay, file: ../x.csv}"), "'../x.csv': must lie in the job's folder"),
+        (("--set", "training.routing={model: replay, file: x.csv}"), "training.routing.file = 'x.csv': no such file"),
+        (("--set", "training.routing={placement_file: /etc/x}"), "'/etc/x': must lie in the job's folder"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_a_wrong_option_of_the_events_is_named(options: tuple[str, ...], expected: str, refused: Refused) -> None:
+    refused(expected, "forecast", "job.yaml", *options)
+
+
+ENTITIES = "".join(f'<!ENTITY {x} "{f"&{y};" * 9}">' for x, y in zip("bcdefghi", "abcdefgh", strict=True))
+FABRICS: dict[str, tuple[str | bytes, str]] = {
+    "list.json": ("[1]", "a mapping with lists `nodes` and `links` is needed"),
+    "half.json": ("{", "not JSON"),
+    "deep.json": ("[" * 100_000, "not JSON"),
+    "binary.json": (b"\xff\xfe", "not JSON"),
+    "half.graphml": ("<a", "line 1: not XML"),
+    "explodes.graphml": (f'<!DOCTYPE l [<!ENTITY a "x">{ENTITIES}]><graphml>&i;</graphml>', "entities are not allowed"),
+    "empty.graphml": ("<graphml/>", "0 graphs; one is needed"),
+}
+
+
+@pytest.mark.parametrize("name", FABRICS)
+def test_a_wrong_fabric_is_refused_by_file_and_rule(name: str, folder: Path, refused: Refused) -> None:
+    text, expected = FABRICS[name]
+    (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    refused(expected, "forecast", "job.yaml", "--topology", name)
+    refused(f"{name}", "forecast", "job.yaml", "--topology", name)
+
+
+@pytest.mark.parametrize("command", ["link-load", "placement"])
+def test_other_commands_name_the_job_file_too(command: str, folder: Path, refused: Refused) -> None:
+    refused("moecast: none.yaml: no such file", command, "none.yaml")
+    refused("moecast: job.yaml: plan.expert = 3: expert x", command, "job.yaml", "--set", "plan.expert=3")
+
+
 def test_a_page_replaces_a_file_and_nothing_else(folder: Path, refused: Refused) -> None:
     """A folder, a named pipe (for root, /dev/null no less) and a link to one stay; a missing folder stays missing."""
     (folder / "taken").mkdir()
@@ -373,7 +425,8 @@ def test_a_page_replaces_a_file_and_nothing_else(folder: Path, refused: Refused)
         ("link", "moecast: link: is there and is not a file"),
         (f"{'a' * 300}.html", "aaa.html: File name too long"),
     ):
-        refused(said, "forecast", "job.yaml", "--html", name, code=4)
+        for option in ("--html", "--perfetto"):
+            refused(said, "forecast", "job.yaml", option, name, code=4)
     assert sorted(folder.rglob("*")) == before and (folder / "pipe").is_fifo()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -66,7 +67,7 @@ class Shared:
     """Transfers as coflows that share the links of the real topology, bandwidth-fair per flow.
 
     The groups of a stage that make the same transfer are one coflow. Links that all coflows load alike are folded into
-    one, unless links are slowed by name (`slow_links`: part of a link's name, factor on its bandwidth).
+    one, unless links are slowed by name (`slow_links`: whole words of a link's name, factor on its bandwidth).
     """
 
     def __init__(self, env: simpy.Environment, setup: Setup, layout: Layout, slow_links: dict[str, float]) -> None:
@@ -76,7 +77,9 @@ class Shared:
         topology = self.templates.topology
         bandwidth = topology.bandwidth_bytes_per_s.copy()
         for name, factor in slow_links.items():
-            found = [i for i in range(topology.links) if name in topology.link_name(i)]
+            # Whole words: "node 1" is not node 10.
+            wanted = re.compile(rf"(?<!\w){re.escape(name)}(?!\w)")
+            found = [i for i in range(topology.links) if wanted.search(topology.link_name(i))]
             if not found:
                 raise QuestionError(f"slow link {name!r}: no link of {layout.cluster.name} has this in its name")
             if not 0 < factor < float("inf"):
