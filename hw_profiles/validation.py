@@ -66,11 +66,13 @@ def _path(problem: Problem, data: Any) -> Path:
     """Where `problem` is in `data`: its location without the names that pydantic gives to the branches of a union."""
     out: list[str | int] = []
     here = data
-    for part in problem["loc"]:
+    for i, part in enumerate(problem["loc"]):
         if isinstance(here, dict) and part in here:
             here = here[part]
         elif isinstance(here, (list, tuple)) and isinstance(part, int):
             here = here[part] if part < len(here) else None
+        elif problem["type"] in _UNKNOWN and i == len(problem["loc"]) - 1:
+            here = None  # a key that is no text, such as null
         elif not _FIELD.fullmatch(str(part)) or part in _BRANCHES:
             continue
         out.append(part)

@@ -110,6 +110,7 @@ CHANGES = {
     "training.routing.model=zipf": "training.routing: model zipf needs exponent",
     "training.routing.exponent=1": "exponent = 1.0: goes with model zipf, not chance",
     "training.routing={model: zipf, exponent: 1e300}": "exponent = 1e+300: must be at most 20",
+    "training.routing={model: dirichlet, concentration: 5e-324}": "concentration = 5e-324: must be at least 1e-09",
     "plan.placement={order: [tensor]}": "order = tensor: needs each of tensor, context, data, pipeline once",
     # Unions: what was meant is told by the value.
     "training.capacity={factor: 1, basis: tokns}": "training.capacity.basis = 'tokns': must be 'tokens' or",
@@ -192,6 +193,7 @@ TEXTS: dict[str, tuple[str | bytes, str]] = {
     "tab": ("plan:\n\tdata: 1\n", "bad.yaml, line 2: not YAML: indented with a tab; use spaces"),
     "two documents": ("model: a\n---\nmodel: b\n", "bad.yaml, line 2: not YAML"),
     "key that is a list": ("? [a, b]\n: c\n", "bad.yaml, line 1: a key must be a plain word"),
+    "key that is nothing": (f"null: 2\n{JOB}", "bad.yaml: None: unknown key"),
     "key that is a number": (f"1: 2\n{JOB}", "bad.yaml: 1: unknown key; known: name, model, cluster, plan"),
     "unclosed": ("model: {a: b\n", "bad.yaml, line 2: not YAML: did not find expected ',' or '}'"),
     "number without end": (f"batch: {'9' * 5000}", "bad.yaml: a number in it is too long to read"),

@@ -40,6 +40,7 @@ class StageResult:
     executed_flops: Number = 0.0
     model_flops: Number = 0.0
     times: StageTimes | None = None
+    piece_times: dict[str, StageTimes] = field(default_factory=dict)
     comms: list[tuple[CommTime, float, Number]] = field(default_factory=list)
 
 
@@ -98,70 +99,94 @@ class _Stage:
         slowed = compute + self.slow * minimum(communication, compute)
         return maximum(communication, slowed) - compute
 
-    def _all_to_alls(self, t: PieceTime) -> tuple[Number, Number]:
-        """Exposed seconds of a piece's all-to-alls, forward and backward.
-
-        DualPipe runs a forward and a backward together, so that either's all-to-alls hide behind both.
-        """
-        overlap = self.job.software.overlap.all_to_all
-        forward, backward = t.forward_s, t.backward_input_s + t.backward_weight_s
-        if self.dual:
-            both = self._hide(t.forward_all_to_all_s + t.backward_all_to_all_s, forward + backward, overlap)
-            return both / 3, both * 2 / 3
-        return self._hide(t.forward_all_to_all_s, forward, overlap), self._hide(
-            t.backward_all_to_all_s, backward, overlap
-        )
-
     def result(self, pieces: list[tuple[PieceTime, int]], mirrored: list[tuple[PieceTime, int]]) -> StageResult:
         """The stage's step; `mirrored` are the pieces of DualPipe's second copy."""
         out = StageResult()
-        micro = self.degrees.microbatches
-        f = bi = bw = 0.0
-        forward_wait = backward_wait = gather_f = gather_b = 0.0
-        dense = expert = 0.0
+        micro, overlap = self.degrees.microbatches, self.job.software.overlap
+        # DualPipe's second copy of the parameters is reduced and updated too.
+        both = (*pieces, *mirrored)
+        dense = sum(n * t.piece.dense_parameters for t, n in both)
+        expert = sum(n * t.piece.expert_parameters for t, n in both)
+        layers = max(1, sum(n for t, n in both if t.piece.is_layer))
+        reductions = self.costs.reductions(dense, expert)
+        each = sum(c.seconds for c in reductions) if self.costs.every_microbatch else 0.0
+        f = bi = bw = forward_wait = backward_wait = room_f = room_b = 0.0
         for t, n in pieces:
             f, bi, bw = f + n * t.forward_s, bi + n * t.backward_input_s, bw + n * t.backward_weight_s
-            a2a_f, a2a_b = self._all_to_alls(t)
-            each_f, each_b = self._gather(out, t, n)
-            gather_f, gather_b = gather_f + n * each_f, gather_b + n * each_b
-            out.all_to_all_s += n * micro * (a2a_f + a2a_b)
-            out.all_to_all_total_s += n * micro * (t.forward_all_to_all_s + t.backward_all_to_all_s)
+            gathers = self._gather(out, t, n)
+            reduced = each * (t.piece.dense_parameters + t.piece.expert_parameters) / maximum(dense + expert, 1e-30)
+            shown = self._piece(out, t, n, gathers, reduced)
+            room_f, room_b = room_f + n * shown[2], room_b + n * shown[3]
+            wait_f = shown[0] + t.forward_other_s + t.hot_s / 3
+            wait_b = shown[1] + t.backward_other_s + 2 * t.hot_s / 3 + t.host_s
+            forward_wait, backward_wait = forward_wait + n * wait_f, backward_wait + n * wait_b
+            one = StageTimes(t.forward_s + wait_f, t.backward_input_s + wait_b, t.backward_weight_s)
+            out.piece_times[t.piece.name] = one
             out.other_s += n * micro * (t.forward_other_s + t.backward_other_s)
             out.imbalance_s += n * micro * t.hot_s
             out.host_s += n * micro * t.host_s
             out.executed_flops += n * micro * t.executed_flops
             out.model_flops += n * micro * t.model_flops
-            forward_wait += n * (a2a_f + t.forward_other_s + t.hot_s / 3)
-            backward_wait += n * (a2a_b + t.backward_other_s + 2 * t.hot_s / 3 + t.host_s)
-            dense, expert = dense + n * t.piece.dense_parameters, expert + n * t.piece.expert_parameters
-            exposed = (a2a_f + a2a_b) / maximum(t.forward_all_to_all_s + t.backward_all_to_all_s, 1e-30)
-            for c in t.comms:
-                calls = n * micro * (c.forward + c.backward)
-                share = exposed if c.kind == "all_to_all" else 1.0
-                out.comms.append((c, calls, share))
-                if c.kind == "all_to_all":
-                    out.all_to_all_bytes += calls * c.bytes
-        for t, n in mirrored:
-            # DualPipe's second copy of the parameters is reduced and updated too.
-            dense, expert = dense + n * t.piece.dense_parameters, expert + n * t.piece.expert_parameters
-        layers = max(1, sum(n for t, n in (*pieces, *mirrored) if t.piece.is_layer))
-        reductions = self.costs.reductions(dense, expert)
-        each = reductions if self.costs.every_microbatch else []
-        beside_f = self._states(out, gather_f, [], f, micro)
-        beside_b = self._states(out, gather_b, each, bi + bw, micro)
-        out.times = StageTimes(f + forward_wait + beside_f, bi + backward_wait + beside_b, bw)
+        if self.costs.every_microbatch:
+            share = out.other_s / maximum(micro * each, 1e-30)
+            out.comms += [(c, micro, minimum(share, 1.0)) for c in reductions]
+        out.times = StageTimes(f + forward_wait, bi + backward_wait, bw)
         update = self.costs.update_s(dense, expert)
         out.compute_s = micro * (f + bi + bw) + update
         once = [] if self.costs.every_microbatch else reductions
-        # What gathers already fill of the last backward pass cannot hide the reductions.
-        # Under ZB-H1 a device ends with weight gradients, and only these are left to hide behind.
-        room = maximum((bw if self.job.plan.schedule == "zb-h1" else bi + bw) - gather_b, 0.0)
         out.tail_s = (
             update
-            + self._once(out, once, room, self.job.software.overlap.gradients, layers)
-            + self._once(out, self.costs.new_weights(dense, expert), f, self.job.software.overlap.parameters, layers)
+            + self._once(out, once, room_b, overlap.gradients, layers)
+            + self._once(out, self.costs.new_weights(dense, expert), room_f, overlap.parameters, layers)
         )
         return out
+
+    def _piece(
+        self, out: StageResult, t: PieceTime, n: int, gathers: tuple[Number, Number], reduced: Number
+    ) -> tuple[Number, Number, Number, Number]:
+        """Exposed seconds of a piece, forward and backward, one microbatch; and the compute left to hide more behind.
+
+        All-to-alls, gathers and reductions use the same network cards: what runs beside the compute has to fit there
+        together. DualPipe runs a forward and a backward together, so that either's communication hides behind both;
+        ZB-H1 runs the weight gradient apart, and nothing hides behind that but the reductions at the end.
+        """
+        overlap, micro = self.job.software.overlap, self.degrees.microbatches
+        forward = t.forward_s
+        weight = t.backward_weight_s
+        split = self.job.plan.schedule == "zb-h1" and self.degrees.pipeline > 1
+        backward = t.backward_input_s + (0.0 if split else weight)
+        a2a = t.forward_all_to_all_s, t.backward_all_to_all_s
+        beside = tuple(x if overlap.all_to_all else 0.0 for x in a2a)
+        states = (
+            gathers[0] if overlap.parameters else 0.0,
+            (gathers[1] if overlap.parameters else 0.0) + (reduced if overlap.gradients else 0.0),
+        )
+        alone = gathers[0] + gathers[1] + reduced - states[0] - states[1]
+        if self.dual:
+            compute = forward + backward
+            shown = self._hide(beside[0] + beside[1], compute, True)
+            rest = self._hide(beside[0] + beside[1] + states[0] + states[1], compute, True) - shown
+            first, second = (shown + rest) / 3, (shown + rest) * 2 / 3
+        else:
+            shown_f, shown_b = self._hide(beside[0], forward, True), self._hide(beside[1], backward, True)
+            first = self._hide(beside[0] + states[0], forward, True)
+            second = self._hide(beside[1] + states[1], backward, True)
+            shown, rest = shown_f + shown_b, first - shown_f + second - shown_b
+        serial = a2a[0] - beside[0], a2a[1] - beside[1]
+        exposed = shown + serial[0] + serial[1]
+        out.all_to_all_s += n * micro * exposed
+        out.all_to_all_total_s += n * micro * (a2a[0] + a2a[1])
+        out.other_s += n * micro * (rest + alone)
+        share = exposed / maximum(a2a[0] + a2a[1], 1e-30)
+        for c in t.comms:
+            calls = n * micro * (c.forward + c.backward)
+            out.comms.append((c, calls, share if c.kind == "all_to_all" else 1.0))
+            if c.kind == "all_to_all":
+                out.all_to_all_bytes += calls * c.bytes
+        alone_f = gathers[0] - states[0]
+        left_f = maximum(forward - beside[0] - states[0], 0.0)
+        left_b = maximum((weight if split else backward - beside[1] - states[1]), 0.0)
+        return first + serial[0] + alone_f, second + serial[1] + alone - alone_f, left_f, left_b
 
     def _gather(self, out: StageResult, t: PieceTime, n: int) -> tuple[Number, Number]:
         """Seconds of gathering a piece's sharded weights, forward and backward, one microbatch."""
@@ -185,23 +210,6 @@ class _Stage:
                 hidden = self._hide(one * passes, t.compute_s, self.job.software.overlap.parameters)
                 out.comms.append((comm, n * self.degrees.microbatches * passes, hidden / maximum(one * passes, 1e-30)))
         return seconds, seconds if passes == 2 else 0.0
-
-    def _states(
-        self, out: StageResult, gathers: Number, reductions: list[CommTime], compute: Number, micro: Number
-    ) -> Number:
-        """Exposed seconds a microbatch of gathers, and of reductions that run after every one (ZeRO 2 and 3).
-
-        Both use the same network cards, so together they have to fit beside the compute.
-        """
-        overlap = self.job.software.overlap
-        total = sum(c.seconds for c in reductions)
-        alone = (0.0 if overlap.parameters else gathers) + (0.0 if overlap.gradients else total)
-        beside = (gathers if overlap.parameters else 0.0) + (total if overlap.gradients else 0.0)
-        exposed = alone + self._hide(beside, compute, True)
-        for c in reductions:
-            out.comms.append((c, micro, exposed / maximum(total + gathers, 1e-30)))
-        out.other_s += micro * exposed
-        return exposed
 
     def _once(self, out: StageResult, comms: list[CommTime], compute: Number, beside: bool, layers: int) -> Number:
         """Exposed seconds of what happens once a step: reductions at its end, or ZeRO 1's gather of new weights.
@@ -247,7 +255,7 @@ def closed_form(
         stages.append(results[key])
     hop = _hop(timer, degrees, workload)
     per_stage = [s.times for s in stages if s.times is not None]
-    per_chunk = _chunk_times(per_stage, times, workload) if job.plan.virtual_stages > 1 else per_stage
+    per_chunk = _chunk_times(stages, times, workload) if job.plan.virtual_stages > 1 else per_stage
     pipeline = pipeline_time(job.plan.schedule, per_chunk, degrees.microbatches, job.plan.virtual_stages, hop)
     # Stage p ends its last backward p backward passes before stage 0: reductions use that slack.
     step: Number = 0.0
@@ -275,16 +283,18 @@ def closed_form(
     return ClosedForm(step, Parts(compute, a2a, other, host, imbalance, bubble), stages, times)
 
 
-def _chunk_times(per_stage: list[StageTimes], times: list[PieceTime], workload: Workload) -> list[StageTimes]:
-    """Times of the virtual stages in the order of the model: a device's, shared out by the compute of its chunks."""
+def _chunk_times(stages: list[StageResult], times: list[PieceTime], workload: Workload) -> list[StageTimes]:
+    """Times of the virtual stages in the order of the model: the sums of their pieces'."""
     out = []
     for v in range(len(workload.chunk_counts[0])):
-        for device, chunks in zip(per_stage, workload.chunk_counts, strict=True):
-            own = sum(n * t.compute_s for t, n in zip(times, chunks[v], strict=True))
-            all_ = sum(n * t.compute_s for counts in chunks for t, n in zip(times, counts, strict=True))
-            share = own / all_
+        for stage, chunks in zip(stages, workload.chunk_counts, strict=True):
+            own = [(n, stage.piece_times[t.piece.name]) for t, n in zip(times, chunks[v], strict=True) if n]
             out.append(
-                StageTimes(device.forward * share, device.backward_input * share, device.backward_weight * share)
+                StageTimes(
+                    sum(n * x.forward for n, x in own),
+                    sum(n * x.backward_input for n, x in own),
+                    sum(n * x.backward_weight for n, x in own),
+                )
             )
     return out
 

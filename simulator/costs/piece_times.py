@@ -9,7 +9,7 @@ from simulator.job.job import Job
 from simulator.job.rules import Degrees
 from simulator.kernels.roofline import Kernels
 from simulator.network.collectives import Network, Rate
-from simulator.numbers import Number, maximum
+from simulator.numbers import Number, maximum, minimum
 from simulator.workload.habits import Habits
 from simulator.workload.memory import is_recomputed, offloaded_bytes
 from simulator.workload.ops import Comm, Op
@@ -177,7 +177,9 @@ class Timer:
                 out.forward_all_to_all_s = out.forward_all_to_all_s + forward * seconds
                 out.backward_all_to_all_s = out.backward_all_to_all_s + backward * seconds
                 if comm.hot:
-                    out.hot_unit_s = out.hot_unit_s + (forward + backward) * (seconds - rate.latency_s)
+                    out.hot_unit_s = out.hot_unit_s + (forward + backward) * minimum(
+                        seconds, comm.bytes * rate.seconds_per_byte
+                    )
             else:
                 out.forward_other_s = out.forward_other_s + forward * seconds
                 out.backward_other_s = out.backward_other_s + backward * seconds

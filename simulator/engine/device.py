@@ -41,6 +41,8 @@ class Device:
         self.straggle = self.setup.straggler(p, g)
         # Reductions under way: transfer, event.
         self.pending: list[tuple[Transfer, simpy.Event]] = []
+        # Events of the gathers of each chunk's layers.
+        self.gathered: dict[int, list[list[simpy.Event]]] = {}
         self.first: dict[int, int] = {}
         self.last: dict[int, int] = {}
         for i, action in enumerate(self.order):
@@ -54,6 +56,13 @@ class Device:
         """The whole step of this class."""
         engine = self.engine
         row = yield from self._alone(self.work.gathers, "gather", -1)
+        if _beside(self.work.gathers):
+            # Updated weights are on their way from the start of the step, chunk by chunk and layer by layer.
+            for c in sorted(self.first, key=lambda c: self.first[c]):
+                layers = self.work.chunks[c].layers
+                share = layers / max(1, self.work.buckets)
+                parts = [_part(t, share) for t in self.work.gathers]
+                self.gathered[c] = self._chain(parts, layers, ("gather", self.p, c))
         for i, action in enumerate(self.order):
             before, since = row, engine.now()
             actions = _both(action)
@@ -85,13 +94,13 @@ class Device:
         compute = sum(one.compute_s for _, one in passes) * self.straggle
         start = engine.now()
         running = [(t, engine.send(self.p, self.g, t)) for _, one in passes for t in one.transfers if t.overlapped]
-        gathers, reductions, layers = self._bound(i, actions)
-        if gathers or reductions:
-            yield from self._sliced(actions[0], compute, gathers, reductions, layers)
+        needed, reductions, layers = self._bound(i, actions)
+        if needed or reductions:
+            yield from self._sliced(actions[0], compute, needed, reductions, layers)
             waited = max(0.0, engine.now() - start - compute)
             # Gathers that a layer had to wait for are exposed communication.
             spent.other_s += waited
-            if gathers and waited:
+            if needed and waited:
                 begin, start = start, start + waited
                 before = self._add(NETWORK, KIND["parameters"], actions[0], begin, start, before)
         else:
@@ -172,30 +181,34 @@ class Device:
 
     # What happens once a step ----------------------------------------------------------------------------------------
 
-    def _bound(self, i: int, actions: tuple[Action, ...]) -> tuple[list[Transfer], list[Transfer], int]:
+    def _bound(self, i: int, actions: tuple[Action, ...]) -> tuple[list[list[simpy.Event]], list[Transfer], int]:
         """Gathers that each layer of this action needs, reductions that each starts, and the number of layers."""
-        gathers: list[Transfer] = []
+        needed: list[list[simpy.Event]] = []
         reductions: list[Transfer] = []
         layers = 1
         for a in actions:
             own = self.work.chunks[a.chunk].layers
             share = own / max(1, self.work.buckets)
-            if a.kind == FORWARD and _beside(self.work.gathers) and self.first[a.chunk] == i:
+            if a.kind == FORWARD and self.gathered and self.first[a.chunk] == i:
                 layers = max(layers, own)
-                gathers += [_part(t, share) for t in self.work.gathers]
+                needed = self.gathered[a.chunk]
             if a.kind in (BACKWARD, WEIGHT) and _beside(self.work.reductions) and self.last[a.chunk] == i:
                 layers = max(layers, own)
                 reductions += [_part(t, share) for t in self.work.reductions]
-        return gathers, reductions, layers
+        return needed, reductions, layers
 
     def _sliced(
-        self, label: Action, compute: float, gathers: list[Transfer], reductions: list[Transfer], layers: int
+        self,
+        label: Action,
+        compute: float,
+        needed: list[list[simpy.Event]],
+        reductions: list[Transfer],
+        layers: int,
     ) -> Generator[simpy.Event, Any, None]:
         """Compute layer by layer, for the step's first forward and last backward of a chunk."""
         engine = self.engine
-        needed = self._chain(gathers, layers, ("gather", self.p, label.chunk))
         for layer in range(layers):
-            for event in needed[layer]:
+            for event in needed[layer] if layer < len(needed) else ():
                 if not event.processed:
                     yield event
             begin, under_way = engine.now(), [e for _, e in self.pending if not e.processed]

@@ -29,8 +29,7 @@ from simulator.results.links import LinkUse
 class Solo:
     """Every transfer at its rate alone: the closed form's view of the network.
 
-    A class sends its states (weights, gradients) one collective after the other, since they share its cards; its
-    all-to-alls do not wait for them.
+    A class sends what runs in the background one collective after the other, since all of it shares its cards.
     """
 
     def __init__(self, env: simpy.Environment, network: Network) -> None:
@@ -44,7 +43,8 @@ class Solo:
 
     def transfer(self, t: Transfer, stage: int, group: int) -> simpy.Event:
         """Start it now; the event fires at its end."""
-        lanes = self._free.setdefault((stage, t.name == "all-to-all"), {})
+        # All-to-alls that nothing hides do not wait for what runs in the background.
+        lanes = self._free.setdefault((stage, t.name == "all-to-all" and not t.overlapped), {})
         # Group -1 is all groups together: they share the lane that it holds.
         before = max(lanes.values(), default=0) if group == -1 else max(lanes.get(group, 0), lanes.get(-1, 0))
         now = int(self.env.now)

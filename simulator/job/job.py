@@ -17,6 +17,7 @@ from simulator.job.model import Count, CountOrZero, Model, Section
 # Limits far beyond sense keep every product of such numbers finite.
 Positive = Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)]
 Exponent = Annotated[float, Field(gt=0, le=20, allow_inf_nan=False)]
+Concentration = Annotated[float, Field(ge=1e-9, le=1e9, allow_inf_nan=False)]
 Dtype = Literal["fp32", "bf16", "fp16", "fp8"]
 Axis = Literal["tensor", "context", "data", "pipeline"]
 Precision = Literal["fp32", "bf16", "selective-bf16", "fp8-tensorwise", "fp8-blockwise", "mxfp8", "nvfp4", "int8"]
@@ -146,7 +147,7 @@ class Routing(Section):
 
     model: Literal["even", "chance", "zipf", "dirichlet", "replay"] = "chance"
     exponent: Exponent | None = None
-    concentration: Positive | None = None
+    concentration: Concentration | None = None
     file: str | None = None
     placement: Literal["contiguous", "dealt", "balanced"] = "contiguous"
     replicas: CountOrZero = 0
