@@ -14,10 +14,10 @@ all_to_all the full send buffer of a rank, permute what a rank sends. n is the g
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hw_profiles.cluster import Cluster, Level, Torus
-from simulator.network.groups import TorusGroup, level_members, torus_group
+from simulator.network.groups import Extent, TorusGroup, level_members, torus_group
 from simulator.numbers import Number, minimum, where
 
 PASSES = {"all_reduce": 2.0, "all_gather": 1.0, "reduce_scatter": 1.0}
@@ -163,6 +163,9 @@ def _ring(level: Level, kind: str, size: int, inner: int, m: int) -> list[tuple[
 def _torus(cluster: Cluster, torus: Torus, kind: str, size: int, stride: int) -> Rate:
     per_chip = cluster.chip.devices_per_chip
     group = torus_group(torus, per_chip, cluster.devices_per_slice, size, stride)
+    if group.slices > 1 and cluster.slices == 1:
+        # A group that no box of whole axes holds: its last members are taken as a line of their own, the slowest shape.
+        group = replace(group, extents=(*group.extents, Extent(group.slices, 1, False)), slices=1)
     inside = _inside_slice(torus, group, kind, size)
     if group.slices == 1:
         return inside
