@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import html
 import os
 from collections.abc import Sequence
@@ -23,6 +24,9 @@ FIT = (
 def write_html(forecasts: Sequence[Forecast], path: str | Path, title: str) -> None:
     """Writes the page to `path`, whole or not at all; raises ValueError without forecasts."""
     path = Path(path)
+    if path.exists() and not path.is_file():
+        # The page is renamed into place: it must not take the place of a folder or a device.
+        raise OSError(errno.EINVAL, "is there and is not a file", str(path))
     text = render(forecasts, title)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:

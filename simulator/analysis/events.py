@@ -65,6 +65,12 @@ def by_events(
         if not 0 < factor < float("inf"):
             raise QuestionError(f"straggler {device} = {factor}: a factor is a positive number")
     groups = 1 if chosen.fold and not chosen.stragglers else _groups(job, degrees)
+    passes = 2 * degrees.microbatches * degrees.pipeline * job.plan.virtual_stages * groups
+    if passes > MOST_PASSES:
+        raise QuestionError(
+            f"the step has {passes:,} passes of microbatches; events run at most {MOST_PASSES:,}:"
+            " use larger microbatches, or --engine closed-form"
+        )
     loads = None
     excess = even
     if job.model.moes and degrees.expert > 1:
@@ -91,6 +97,9 @@ def by_events(
     )
     return result
 
+
+# About two minutes and some gigabytes here.
+MOST_PASSES = 1_000_000
 
 # What a difference in each part of the step says about the formula.
 REASONS = {

@@ -203,6 +203,10 @@ class Stack(Section):
             raise ValueError(f"attention_pattern names {unknown[0]!r}, which variants does not define")
         if not self.attention_pattern:
             raise ValueError("attention_pattern is empty")
+        for name, listed in (("ffn_layers", self.ffn_layers), ("moe.layers", self.moe.layers if self.moe else None)):
+            beyond = [i for i in listed or () if i >= self.layers]
+            if beyond:
+                raise ValueError(f"{name} names layer {beyond[0]}; the stack has layers 0 to {self.layers - 1}")
         for name in self.variants:
             self._attention(name)
         return self

@@ -117,6 +117,8 @@ def _check_moe(job: Job, stack: str, moe: Moe) -> None:
         _fail("plan.expert", p.expert, f"must divide the {moe.experts} experts of {job.model.name}")
     if moe.expert.hidden % p.expert_tensor:
         _fail("plan.expert_tensor", p.expert_tensor, f"must divide the expert hidden size {moe.expert.hidden}")
+    if moe.shared_hidden % p.tensor:
+        _fail("plan.tensor", p.tensor, f"must divide the shared experts' hidden size {moe.shared_hidden}")
     layout, capacity = job.training.dispatch.layout, job.training.capacity
     if capacity == "dropless" and layout in ("one_hot", "slots"):
         _fail("training.dispatch.layout", layout, "needs training.capacity; dropless jobs use ragged")

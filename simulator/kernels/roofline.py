@@ -12,6 +12,7 @@ from math import ceil as _ceil
 from math import log10 as _log10
 from typing import Any
 
+from hw_profiles.errors import QuestionError
 from hw_profiles.schema import Chip, Curve
 from simulator.numbers import Number, ceil, log10, maximum
 from simulator.workload.ops import Op
@@ -78,7 +79,8 @@ class Kernels:
         for name in names:
             if PEAK_OF.get(name, name) in self.chip.peak_tflops:
                 return name
-        raise KeyError(f"{self.chip.name} has no peak for {dtype}")
+        formats = ", ".join(self.chip.peak_tflops)
+        raise QuestionError(f"training.precision: {self.chip.name} cannot run {dtype}; its formats: {formats}")
 
     def curve(self, dtype: str) -> Curve:
         """The profile's curve for `dtype` as run; another format's where the profile has none of its own."""
