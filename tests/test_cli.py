@@ -17,7 +17,9 @@ import pytest
 import yaml
 
 from moecast import cli
+from simulator.analysis.forecast import forecast
 from simulator.job.job import Job
+from simulator.job.load import load_job
 from simulator.job.model import Model
 
 ROOT = Path(__file__).parents[1]
@@ -285,3 +287,27 @@ def test_output_is_plain_where_the_terminal_knows_ascii_only() -> None:
         check=True,
     )
     assert done.stdout.isascii() and b"step time" in done.stdout and not done.stderr
+
+
+def test_the_design_documents_own_example_is_a_job(tmp_path: Path) -> None:
+    """Every field written out, defaults as null where they are null."""
+    text = """
+model: switch-base-128
+cluster: tpu-v3-32
+plan: {data: 32, tensor: 1, context: 1, pipeline: 1, expert: 32, expert_tensor: 1, sequence_parallel: false,
+  shard: none, shard_degree: null, microbatch_sequences: 1, schedule: 1f1b, virtual_stages: 1, stages: null,
+  placement: null}
+batch: {sequences: 2048, length: {encoder: 512, decoder: 114}}
+training:
+  precision: bf16
+  optimizer: adafactor
+  remat: none
+  capacity: {factor: 1.25, eval_factor: 2.0, basis: tokens, group_tokens: 8192, rounding: floor, minimum: 4}
+  dispatch: {layout: slots, transport: collective}
+  routing: {model: chance}
+software: {stack: t5x, release: null, graphs: null, overlap: {all_to_all: false, gradients: true, parameters: true}}
+"""
+    path = tmp_path / "job.yaml"
+    path.write_text(text)
+    job = load_job(path)
+    assert job.plan.placement is None and forecast(job).step_time_s > 0

@@ -88,7 +88,7 @@ class Plan(Section):
     schedule: Schedule = "1f1b"
     virtual_stages: Count = 1
     stages: tuple[CountOrZero, ...] | str | None = None
-    placement: Placement = Placement()
+    placement: Placement | None = None
 
 
 class Lengths(Section):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from hw_profiles.cluster import Cluster
 from hw_profiles.errors import QuestionError
-from simulator.job.job import Capacity, Job
+from simulator.job.job import Capacity, Job, Placement
 from simulator.job.layout import Chunk, lay_out
 from simulator.job.model import Moe
 
@@ -195,7 +195,7 @@ def _strides(job: Job, data: int) -> dict[str, int]:
     degree = {"data": data, "tensor": p.tensor, "context": p.context, "pipeline": p.pipeline}
     strides: dict[str, int] = {}
     here = 1
-    for axis in p.placement.order:
+    for axis in (p.placement or Placement()).order:
         strides[axis] = here
         here *= degree[axis]
     base = min(strides[a] for a in ("data", "tensor", "context"))
