@@ -158,9 +158,18 @@ def _gpt_oss(f: Fields) -> Data:
     return _model(f, _stack(f, attention, _last_full(2)) | {"moe": moe})
 
 
+def _gates(f: Fields) -> Data:
+    """How the chosen experts' gates are made of their probabilities; the cost does not depend on it."""
+    scale = f.get("routed_scaling_factor")
+    if scale is not None and (isinstance(scale, bool) or not isinstance(scale, (int, float)) or scale <= 0):
+        f.refuse("routed_scaling_factor", "a positive number is needed")
+    gates: Data = {} if f.flag("norm_topk_prob", True) else {"renormalise": False}
+    return gates if scale is None or scale == 1 else gates | {"scale": scale}
+
+
 def _qwen_moe(f: Fields, **features: Any) -> Data:
     stack = _stack(f, _attention(f, **features), _windows(f, False))
-    moe = _moe(f, "num_experts", "moe_intermediate_size")
+    moe = _moe(f, "num_experts", "moe_intermediate_size") | {"router": _gates(f)}
     shared = f.count("shared_expert_intermediate_size", 0, 0)
     if shared:
         moe |= {"shared_experts": 1, "shared_hidden": shared, "shared_gate": True}
@@ -205,6 +214,7 @@ def _deepseek(f: Fields, **more: Any) -> Data:
         attention = {"heads": f.count("num_attention_heads"), "head_dim": head_dim, "mla": mla}
     method, groups = f.get("topk_method"), f.count("n_group", 1, 0) or 1
     router: Data = {"kind": f.one_of("scoring_func", {"softmax": "softmax", "sigmoid": "sigmoid"}, "softmax")}
+    router |= _gates(f)
     chosen = f.count("topk_group", groups, 0) or groups
     if method != "greedy" and chosen < groups:
         router |= {"groups": groups, "top_groups": chosen}

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from simulator.job.learning import Learning, Run
 from simulator.job.model import Count, CountOrZero, Model, Section
 
 # Limits far beyond sense keep every product of such numbers finite.
@@ -216,7 +217,7 @@ class Dtypes(Section):
 
 
 class Training(Section):
-    """Choices of the training run that change its cost."""
+    """Choices of the training run that change its cost; `learning` is what only the trainer reads."""
 
     precision: Precision = "bf16"
     optimizer: Literal["adamw", "adam", "adafactor", "sgd"] = "adamw"
@@ -225,6 +226,8 @@ class Training(Section):
     dispatch: Dispatch = Dispatch()
     routing: Routing = Routing()
     dtypes: Dtypes = Dtypes()
+    learning: Learning = Learning()
+    run: Run = Run()
 
 
 class Overlap(Section):
@@ -257,8 +260,9 @@ class Job(Section):
 
     @property
     def hash(self) -> str:
-        """SHA-256 of the canonical resolved job, without its name and the texts beside the model's dimensions."""
-        data = self.model_dump(mode="json", exclude={"name": True, "model": {"notes", "source", "published", "name"}})
+        """SHA-256 of the canonical resolved job, without names, notes, and what only says how long to run."""
+        texts = {"notes", "source", "published", "name"}
+        data = self.model_dump(mode="json", exclude={"name": True, "model": texts, "training": {"run": True}})
         return hashlib.sha256(json.dumps(data, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
     @property

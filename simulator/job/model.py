@@ -96,13 +96,19 @@ class Ffn(Section):
 
 
 class Router(Section):
-    """How tokens choose experts; `groups`/`top_groups` is DeepSeek-V3's group limit, `bias` its balance bias."""
+    """How tokens choose experts; `groups`/`top_groups` is DeepSeek-V3's group limit, `bias` its balance bias.
+
+    `renormalise` divides the gates of the chosen experts by their sum (a single one keeps its probability, or the
+    router would learn nothing), `scale` multiplies them.
+    """
 
     kind: Literal["softmax", "sigmoid", "noisy_top_k", "expert_choice"] = "softmax"
     bias: bool = False
     linear_bias: bool = False
     groups: Count = 1
     top_groups: Count = 1
+    renormalise: bool = True
+    scale: Annotated[float, Field(gt=0, le=1e3)] = 1.0
 
 
 class Hierarchy(Section):
