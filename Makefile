@@ -29,7 +29,7 @@ lint: $(INSTALLED)-dev ## check style, format, types and the direction of import
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: $(INSTALLED) ## run the benchmarks that need nothing beside this folder (benchmarks/bench_*.py)
+bench: $(INSTALLED)-test ## run the benchmarks that need nothing beside this folder (benchmarks/bench_*.py)
 	@set -e; for script in $(sort $(wildcard benchmarks/bench_*.py)); do \
 		echo "==> $$script"; $(BIN)/python $$script; \
 	done
@@ -49,8 +49,8 @@ clean: ## remove .venv, caches, builds and demo.html
 	rm -rf .venv build dist *.egg-info demo.html $(CACHES)
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# One environment, three sizes: the command alone, with the test tools, with the lint tools.
-$(INSTALLED)-test: extras := [test]
+# One environment, three sizes: the command alone, with the trainer and the test tools, with the lint tools.
+$(INSTALLED)-test: extras := [train,test]
 $(INSTALLED)-dev: extras := [dev]
 $(INSTALLED) $(INSTALLED)-test $(INSTALLED)-dev: pyproject.toml constraints.txt | $(BIN)/pip
 	@echo "==> installing moecast$(extras) into $(VENV)"
