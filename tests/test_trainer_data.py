@@ -476,6 +476,8 @@ def make_bad_files(folder: Path) -> None:
     pq.write_table(pa.table({"text": [["a"]]}), folder / "list.parquet")
     pq.write_table(pa.table({"text": ["a", "b", None]}), folder / "null.parquet")
     pq.write_table(pa.table({"text": [f"row {i}" for i in range(5000)]}), folder / "whole.parquet")
+    latin = pa.StringArray.from_buffers(2, pa.py_buffer(np.array([0, 1, 2], np.int32)), pa.py_buffer(b"a\xff"))
+    pq.write_table(pa.table({"text": latin}), folder / "latin.parquet")
     content = (folder / "whole.parquet").read_bytes()
     (folder / "cut.parquet").write_bytes(content[: len(content) // 2])
     (folder / "damaged.parquet").write_bytes(content[:100] + bytes(2000) + content[2100:])
@@ -511,6 +513,7 @@ def make_bad_files(folder: Path) -> None:
         ("number.parquet", ": column 'text' holds int64; it must hold text"),
         ("list.parquet", ": column 'text' holds list<element: string>; it must hold text"),
         ("null.parquet", ", row 3: 'text' is null; it must be text"),
+        ("latin.parquet", ", row 2: 'text' is not UTF-8 text"),
         ("cut.parquet", ": not a whole Parquet file: "),
         ("damaged.parquet", ": not a whole Parquet file: "),
         ("no.parquet", ": not a whole Parquet file: "),
@@ -618,6 +621,13 @@ def test_bad_tokenizers(tmp_path: Path, name: str, content: bytes | None, words:
 def test_tokenizer_without_an_end(tmp_path: Path) -> None:
     with pytest.raises(QuestionError, match="has no token that ends a document; one of </s>, "):
         load_tokenizer(write_tokenizer(tmp_path, special=("<pad>", "<unk>")), tmp_path)
+
+
+def test_tokenizer_that_cannot_read_a_text(tmp_path: Path) -> None:
+    (tmp_path / "one.txt").write_text("a strange word")
+    job = make_job(files=["one.txt"], tokenizer=write_tokenizer(tmp_path, special=("<pad>", "</s>")))
+    with pytest.raises(QuestionError, match=r"tokenizer = 'words.json': cannot read a text: WordLevel error"):
+        make_batches(job, tmp_path, seed=0)
 
 
 def test_tokenizer_package_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,9 +10,9 @@ from typing import Any
 
 from hw_profiles.errors import QuestionError, nearest
 
-# A small Parquet file can stand for a large column: what is read at a time is bounded by rows and by column chunk.
+# A small Parquet file can stand for a large column: what is read at a time is bounded by rows and by row group.
 ROWS_AT_A_TIME = 64
-MAX_CHUNK_BYTES = 2**30
+MAX_ROW_GROUP_BYTES = 2**31
 
 
 def jsonl_texts(content: bytes, field: str, where: str) -> Iterator[tuple[int, str]]:
@@ -48,17 +48,20 @@ def parquet_texts(path: Path, field: str, where: str) -> Iterator[tuple[int, str
     except ImportError:
         raise QuestionError(f"{where}: Parquet needs the package pyarrow; without it write JSONL") from None
     # Of Arrow's errors, ArrowInvalid is a ValueError, ArrowKeyError a KeyError, and so on; OSError is for bad pages.
+    row = 0
     errors = (arrow.ArrowException, OSError, ValueError)
     try:
         with parquet.ParquetFile(path) as table:
             _check_column(table, field, where)
-            row = 0
             for batch in table.iter_batches(batch_size=ROWS_AT_A_TIME, columns=[field], use_threads=False):
-                for value in batch.column(0).to_pylist():
+                for value in batch.column(0):
                     row += 1
-                    yield row, _text(value, field, f"{where}, row {row}")
+                    yield row, _text(value.as_py(), field, f"{where}, row {row}")
     except QuestionError:
         raise
+    except UnicodeDecodeError:
+        what = f", row {row}: {field!r:.60} is not UTF-8 text" if row else ": not a whole Parquet file: bad names"
+        raise QuestionError(f"{where}{what}") from None
     except errors as error:
         raise QuestionError(f"{where}: not a whole Parquet file: {' '.join(str(error).split()):.80}") from None
 
@@ -70,13 +73,12 @@ def _check_column(table: Any, field: str, where: str) -> None:
     kind = str(table.schema_arrow.field(field).type)
     if "string" not in kind or kind.startswith(("list", "large_list", "struct", "map", "fixed_size_list")):
         raise QuestionError(f"{where}: column {field!r:.60} holds {kind:.40}; it must hold text")
-    column = table.schema.names.index(field) if field in table.schema.names else None
-    for group in range(table.metadata.num_row_groups if column is not None else 0):
-        size = table.metadata.row_group(group).column(column).total_uncompressed_size
-        if size > MAX_CHUNK_BYTES:
-            raise QuestionError(
-                f"{where}: row group {group + 1} has {size:,} bytes; at most {MAX_CHUNK_BYTES:,} are read"
-            )
+    # Not the size of the column's own chunk: on a damaged file pyarrow 26 ends the process where it is asked for that.
+    for group in range(table.metadata.num_row_groups):
+        size = table.metadata.row_group(group).total_byte_size
+        if size > MAX_ROW_GROUP_BYTES:
+            rule = f"{size:,} bytes; at most {MAX_ROW_GROUP_BYTES:,} are read"
+            raise QuestionError(f"{where}: row group {group + 1} has {rule}")
 
 
 def _text(value: Any, field: str, start: str) -> str:

@@ -133,7 +133,10 @@ def _load_file(text: str, name: str, start: str) -> Tokenizer:
     size = 1 + max(i for token, i in ids.items() if not token.startswith("<extra_id_"))
 
     def encode(texts: Sequence[str]) -> list[NDArray[np.int64]]:
-        found = loaded.encode_batch_fast(list(texts), add_special_tokens=False)
+        try:
+            found = loaded.encode_batch_fast(list(texts), add_special_tokens=False)
+        except Exception as error:  # for one, a character it has no token for, without a token for such
+            raise QuestionError(f"{start}: cannot read a text: {' '.join(str(error).split()):.80}") from None
         return [np.asarray(one.ids, np.int64) for one in found]
 
     return Tokenizer(name, size, pad, eos, bos, encode)
