@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from hw_profiles.cluster import Cluster
@@ -241,3 +242,19 @@ def resolve(job: Job, cluster: Cluster) -> Degrees:
 def group_tokens(capacity: Capacity, sequence_tokens: int, microbatch_tokens: int) -> int:
     """Tokens over which capacity is counted; the job's, or one sequence, never more than one microbatch has."""
     return min(capacity.group_tokens or sequence_tokens, microbatch_tokens)
+
+
+def slots_per_expert(capacity: Capacity, top_k: int, experts: int, group: int, *, evaluation: bool = False) -> int:
+    """Slots an expert has for a group of N tokens: factor x N (x k with basis assignments) / E, rounded.
+
+    At least `minimum`, at most N. `evaluation` takes the factor for evaluation, where there is one. MaxText's
+    `int(max(ceil(N k / E) CF, CF))` differs by its own ceil before the factor: at most one slot in N k / E.
+    """
+    factor = (capacity.eval_factor if evaluation else None) or capacity.factor
+    wanted = factor * group * (top_k if capacity.basis == "assignments" else 1) / experts
+    # A billionth absorbs binary fractions: 1.1 x 10 is 11 slots, not 12 or 10.
+    if capacity.rounding == "ceil":
+        rounded = math.ceil(wanted - 1e-9)
+    else:
+        rounded = math.floor(wanted + (0.5 if capacity.rounding == "round" else 1e-9))
+    return min(group, max(capacity.minimum, rounded))

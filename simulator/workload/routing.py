@@ -13,6 +13,7 @@ from typing import Any
 
 from simulator.job.job import Capacity
 from simulator.job.model import Moe
+from simulator.job.rules import slots_per_expert
 from simulator.numbers import Number, maximum, minimum
 
 
@@ -26,18 +27,8 @@ class Slots:
 
 
 def capacity_slots(capacity: Capacity, moe: Moe, group: int) -> Slots:
-    """Slots per expert: max(minimum, round(factor x N x (k if basis is assignments) / E)), N the tokens of a group.
-
-    Formulas of the code bases are in docs/model.md; MaxText's `int(max(ceil(N k / E) CF, CF))` differs by its own ceil
-    before the factor, at most one slot in N k / E.
-    """
-    wanted = capacity.factor * group * (moe.top_k if capacity.basis == "assignments" else 1) / moe.experts
-    # A billionth absorbs binary fractions: 1.1 x 10 is 11 slots, not 12 or 10.
-    if capacity.rounding == "ceil":
-        rounded = math.ceil(wanted - 1e-9)
-    else:
-        rounded = math.floor(wanted + (0.5 if capacity.rounding == "round" else 1e-9))
-    slots = min(group, max(capacity.minimum, rounded))
+    """Slots per expert for a group of `group` tokens (the code bases' formulas: docs/model.md), and chance's drops."""
+    slots = slots_per_expert(capacity, moe.top_k, moe.experts, group)
     return Slots(group, slots, dropped_by_chance(group * moe.top_k / moe.experts, slots, group))
 
 

@@ -1,0 +1,46 @@
+"""Which forward results the backward pass finds saved, and which it makes again, by the job's names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import jax
+
+from simulator.job.job import RematPolicy
+
+if TYPE_CHECKING:
+    from trainer.setting import Setting
+
+# The names under which layers file their results (`checkpoint_name`); `weights` are copies that are always remade.
+WEIGHTS = "weights"
+
+
+def policy_of(remat: str | RematPolicy) -> Callable[..., Any]:
+    """JAX's policy for `training.remat`; names are those of docs/job.md (`selective`: the core attention is remade)."""
+    policies = jax.checkpoint_policies
+    if remat == "none":
+        return policies.save_anything_except_these_names(WEIGHTS)
+    if remat == "full":
+        return policies.nothing_saveable
+    if remat == "selective":
+        return policies.save_anything_except_these_names(WEIGHTS, "core_attention")
+    assert isinstance(remat, RematPolicy)
+    if remat.offload:
+        return policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=list(remat.save),
+            names_which_can_be_offloaded=[n for n in remat.offload if n != "layer_input"],
+            offload_src="device",
+            offload_dst="pinned_host",
+        )
+    if remat.save:
+        return policies.save_only_these_names(*remat.save)
+    return policies.save_anything_except_these_names(WEIGHTS, *remat.recompute)
+
+
+def checkpointed(s: Setting, layer: Callable[..., Any]) -> Callable[..., Any]:
+    """`layer` under the job's policy."""
+    if not s.train:
+        return layer
+    wrapped: Callable[..., Any] = jax.checkpoint(layer, policy=policy_of(s.job.training.remat), prevent_cse=False)
+    return wrapped
