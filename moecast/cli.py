@@ -18,6 +18,7 @@ import typer
 from typer.core import TyperGroup
 
 from hw_profiles.errors import QuestionError
+from moecast import programs
 
 if TYPE_CHECKING:
     from hw_profiles.schema import Chip
@@ -332,6 +333,9 @@ def schema(as_json: Json = True) -> None:
     from simulator.job.load import job_schema
 
     _print_json(job_schema())
+
+
+programs.register(app)
 
 
 def _complain(text: str) -> None:

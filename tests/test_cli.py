@@ -24,7 +24,7 @@ from simulator.job.model import Model
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
-COMMANDS = ("forecast", "link-load", "placement", "models", "chips", "clusters", "schema")
+COMMANDS = ("forecast", "link-load", "placement", "models", "chips", "clusters", "schema", "scale")
 FORMULA = ("--engine", "closed-form")
 TOO_BIG = "model: mixtral-8x7b\ncluster: h100-64\nbatch: {sequences: 64, length: 4096}\n"
 

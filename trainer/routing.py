@@ -72,10 +72,10 @@ def softmax_choices(
     A single choice keeps its probability, else the gate would be 1 and the router would get no gradient; several are
     divided by their sum (`router.renormalise`). With `second_choice: random` a later choice of gate g is made with
     probability min(1, g / threshold), `chance_GNK` in [0, 1) deciding (ST-MoE, arXiv:2202.08906, appendix G; GShard's
-    threshold is 0.5).
+    threshold is 0.5). With groups, a group's worth is its best expert's (DeepSeek-V2, arXiv:2405.04434, section 2.2.2).
     """
     probabilities = jax.nn.softmax(logits_GNE, axis=-1)
-    expert = largest(lax.stop_gradient(probabilities), moe.top_k)
+    expert = largest(limit_groups(lax.stop_gradient(probabilities), moe, 1), moe.top_k)
     gate = _take(probabilities, expert)
     if moe.router.renormalise and moe.top_k > 1:
         gate = gate / (gate.sum(-1, keepdims=True) + TINY)
@@ -94,7 +94,7 @@ def sigmoid_choices(logits_GNE: Array, moe: Moe, bias_E: Array | None = None) ->
     """
     scores = jax.nn.sigmoid(logits_GNE)
     biased = lax.stop_gradient(scores if bias_E is None else scores + bias_E)
-    expert = largest(limit_groups(biased, moe), moe.top_k)
+    expert = largest(limit_groups(biased, moe, 2), moe.top_k)
     gate = _take(scores, expert)
     if moe.router.renormalise and moe.top_k > 1:
         gate = gate / (gate.sum(-1, keepdims=True) + 1e-20)
@@ -102,13 +102,13 @@ def sigmoid_choices(logits_GNE: Array, moe: Moe, bias_E: Array | None = None) ->
     return Choices(expert, gate * moe.router.scale, jnp.ones_like(gate, dtype=bool), probabilities)
 
 
-def limit_groups(scores_GNE: Array, moe: Moe) -> Array:
-    """Minus infinity for experts outside of the best `top_groups` groups (by the sum of their two best scores)."""
+def limit_groups(scores_GNE: Array, moe: Moe, best_of: int) -> Array:
+    """Minus infinity for experts outside of the `top_groups` groups whose `best_of` best scores add up to most."""
     r = moe.router
     if r.top_groups >= r.groups:
         return scores_GNE
     grouped = scores_GNE.reshape(*scores_GNE.shape[:-1], r.groups, -1)
-    best = lax.top_k(grouped, min(2, grouped.shape[-1]))[0].sum(-1)
+    best = lax.top_k(grouped, min(best_of, grouped.shape[-1]))[0].sum(-1)
     chosen = jax.nn.one_hot(lax.top_k(best, r.top_groups)[1], r.groups, dtype=bool).any(-2)
     return jnp.where(chosen[..., None], grouped, -jnp.inf).reshape(scores_GNE.shape)
 
