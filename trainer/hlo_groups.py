@@ -10,14 +10,15 @@ from trainer.hlo_text import HloError, Instruction
 Groups = tuple[tuple[int, ...], ...]
 
 _IOTA = re.compile(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?$")
-_MESH = re.compile(r"mesh\[([^\]]*)\](?:,?\s*device_ids=\(?\[?([^\])]*)\]?\)?)?\s*\{([^}]*)\}$")
+_MESH = re.compile(r"mesh\[([^\]]*)\]\s*\{([^}]*)\}$")
 _MESH_AXIS = re.compile(r"'?\"?([\w\-]+)'?\"?\s*=\s*(\d+)")
 _USED_AXIS = re.compile(r"'?\"?([A-Za-z_][\w\-]*)'?\"?(?::\((\d+)\)(\d+))?")
 
 
 def replica_groups(instruction: Instruction, devices: int) -> Groups:
-    """The groups of a collective, as device numbers; HloError if the text is of no known form.
+    """The groups of a collective; HloError if the text is of no known form.
 
+    Numbers are places in the order of the mesh's devices, not identities of devices, whatever order the mesh has.
     `{{0,1},{2,3}}`; iota `[2,2]<=[2,2]T(1,0)`; `mesh['a'=2,'b'=2] {'b'}`, with `'a':(1)2` for a part of an axis. No
     groups, or an empty list, is all devices at once.
     """
@@ -62,7 +63,7 @@ def _of_mesh(mesh: re.Match[str], instruction: Instruction) -> Groups:
     sizes = {name: int(size) for name, size in _MESH_AXIS.findall(mesh[1])}
     pieces: dict[str, list[tuple[int, bool]]] = {name: [(size, False)] for name, size in sizes.items()}
     wanted: list[tuple[str, int]] = []
-    for name, before, size in _USED_AXIS.findall(mesh[3]):
+    for name, before, size in _USED_AXIS.findall(mesh[2]):
         if name not in sizes or any(name == other for other, _ in wanted):
             raise HloError(f"{instruction.opcode} {instruction.name!r:.80}: mesh axis {name!r:.40} is not there once")
         if before:
@@ -80,9 +81,8 @@ def _of_mesh(mesh: re.Match[str], instruction: Instruction) -> Groups:
             dims.append(size)
     inner = [place[key] for key in wanted]
     outer = [k for k in range(len(dims)) if k not in inner]
-    ids = _ints(mesh[2]) if mesh[2] else range(math.prod(dims))
     size = math.prod(dims[k] for k in inner)
-    return _cut(_transposed(ids, dims, outer + inner), math.prod(dims) // size, size, instruction)
+    return _cut(_transposed(range(math.prod(dims)), dims, outer + inner), math.prod(dims) // size, size, instruction)
 
 
 def _rings(instruction: Instruction) -> Groups:
