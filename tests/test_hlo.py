@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import subprocess
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from trainer.hlo import (
     CompiledProgram,
@@ -389,6 +392,15 @@ def test_a_text_that_cannot_be_read_is_an_error_that_says_where(text: str, messa
     with pytest.raises(HloError) as error:
         collectives(parse_module(text)), executed_flops(parse_module(text))
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+SAVED = (DATA / "v3_moe_async.txt").read_text(encoding="utf-8")
+
+
+@given(cut=st.integers(0, len(SAVED)), length=st.integers(0, 300), put=st.text('{}()[]=,%"0 x\n', max_size=3))
+def test_a_damaged_text_is_read_or_refused_but_breaks_nothing(cut: int, length: int, put: str) -> None:
+    with contextlib.suppress(HloError):
+        read_text(SAVED[:cut] + put + SAVED[cut + length :], "tpu")
 
 
 def test_a_custom_call_that_may_multiply_is_named() -> None:

@@ -39,12 +39,16 @@ class _Axis:
 
 def product_flops(inside: Computation, instruction: Instruction) -> int:
     """FLOPs of one run of one instruction, 0 if it is no product; HloError if its attributes do not fit its shapes."""
+    try:
+        return _product_flops(inside, instruction)
+    except (IndexError, KeyError, ValueError, ZeroDivisionError):
+        raise _misfit(instruction) from None
+
+
+def _product_flops(inside: Computation, instruction: Instruction) -> int:
     if instruction.opcode in _DOTS:
         lhs = inside.operand_shapes(instruction)[0]
-        try:
-            contracted = math.prod(lhs.dims[k] for k in instruction.integers("lhs_contracting_dims"))
-        except IndexError:
-            raise _misfit(instruction) from None
+        contracted = math.prod(lhs.dims[k] for k in instruction.integers("lhs_contracting_dims"))
         return 2 * instruction.shapes[0].elements * contracted
     if instruction.opcode == "convolution":
         return _convolution(inside, instruction)

@@ -9,7 +9,7 @@ from trainer.hlo_text import HloError, Instruction
 
 Groups = tuple[tuple[int, ...], ...]
 
-_IOTA = re.compile(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?$")
+_IOTA = re.compile(r"\[(\d+(?:,\d+)*)\]<=\[(\d+(?:,\d+)*)\](?:T\((\d+(?:,\d+)*)\))?$")
 _MESH = re.compile(r"mesh\[([^\]]*)\]\s*\{([^}]*)\}$")
 _MESH_AXIS = re.compile(r"'?\"?([\w\-]+)'?\"?\s*=\s*(\d+)")
 _USED_AXIS = re.compile(r"'?\"?([A-Za-z_][\w\-]*)'?\"?(?::\((\d+)\)(\d+))?")
@@ -28,7 +28,7 @@ def replica_groups(instruction: Instruction, devices: int) -> Groups:
     if text in ("{}", "{{}}"):
         return (tuple(range(devices)),)
     if text.startswith("{{"):
-        return tuple(tuple(int(n) for n in group.split(",")) for group in re.findall(r"\{([\d,\s]+)\}", text))
+        return tuple(tuple(int(n) for n in group.split(",")) for group in re.findall(r"\{(\d+(?:,\d+)*)\}", text))
     iota, mesh = _IOTA.match(text), _MESH.match(text)
     if iota:
         groups, size = _ints(iota[1])[0], math.prod(_ints(iota[1])[1:])

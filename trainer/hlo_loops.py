@@ -40,8 +40,8 @@ class Loops:
         known = _KNOWN.search(loop.attribute_text)
         if known:
             return int(known[1])
-        condition = self._module.computation(_only(loop, "condition"))
-        body = self._module.computation(_only(loop, "body"))
+        condition = self._module.computation(loop.only_called("condition"))
+        body = self._module.computation(loop.only_called("body"))
         state = _State(self, inside, loop)
         read: set[int] = set()
         going = self._value(condition, condition.root, state, 0, read)
@@ -84,7 +84,7 @@ class Loops:
         if made.opcode in _SAME:
             return args[0]
         if made.opcode in ("fusion", "call"):
-            called = self._module.computation(_only(made, "calls", "to_apply"))
+            called = self._module.computation(made.only_called("calls", "to_apply"))
             return self._value(called, called.root, _Arguments(args), depth + 1, set())
         if made.opcode == "not":
             return None if args[0] is None else int(not args[0])
@@ -99,8 +99,10 @@ class Loops:
                        ) -> int | None:  # fmt: skip
         if made.opcode == "parameter":
             return state.argument(int(made.literal)) if isinstance(state, _Arguments) else None
-        number = made.integers("index")[0]
-        source = inside.operand(made, 0)
+        index = made.integers("index")
+        if not index:
+            return None
+        number, source = index[0], inside.operand(made, 0)
         if source.opcode != "parameter":
             element = _element(inside, source, number)
             return self._value(inside, element, state, depth + 1, read)
@@ -111,7 +113,7 @@ class Loops:
         loop_inside, loop = self._caller.get(inside.name, (None, None))
         if loop is None or loop_inside is None:
             return None
-        body = self._module.computation(_only(loop, "body"))
+        body = self._module.computation(loop.only_called("body"))
         handed_on = _element(body, body.root, number)
         if handed_on is None or not _is_own_element(body, handed_on, number):
             return None
@@ -152,13 +154,6 @@ class _Arguments(_State):
 
     def argument(self, number: int) -> int | None:
         return self._arguments[number] if number < len(self._arguments) else None
-
-
-def _only(instruction: Instruction, *keys: str) -> str:
-    called = instruction.called(*keys)
-    if len(called) != 1:
-        raise HloError(f"{instruction.opcode} {instruction.name!r:.80} does not say which computation is its {keys[0]}")
-    return called[0]
 
 
 def _element(inside: Computation, made: Instruction, number: int) -> Instruction | None:

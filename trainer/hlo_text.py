@@ -13,7 +13,7 @@ from functools import cached_property
 
 # Bits of a value in a buffer; token and opaque hold nothing.
 _BITS = {"token": 0, "opaque": 0, "pred": 8, "c64": 64, "c128": 128, "bf16": 16, "f8e8m0fnu": 8}
-_ARRAY = re.compile(r"([a-z][a-z0-9]*)\[([^\]]*)\](\{[^}]*\})?")
+_ARRAY = re.compile(r"([a-z][a-z0-9]*)\[((?:(?:<=)?\d+,?)*)\](\{[^}]*\})?")
 _COMMENT = re.compile(r"/\*.*?\*/")
 _START = re.compile(r"\s+(ROOT )?%?([^\s=]+) = ")
 _HEADER = re.compile(r"(ENTRY )?%?([^\s(]+) (?:\(.*\) -> .* )?\{$")
@@ -80,6 +80,13 @@ class Instruction:
             if key in self.attributes:
                 return tuple(part.strip().lstrip("%") for part in self.attributes[key].strip("{}").split(","))
         return ()
+
+    def only_called(self, *keys: str) -> str:
+        """The one computation under the first of `keys` that is there; HloError if there is none, or several."""
+        called = self.called(*keys)
+        if len(called) != 1:
+            raise HloError(f"{self.opcode} {self.name!r:.80} does not say which computation is its {keys[0]}")
+        return called[0]
 
     def integers(self, key: str) -> tuple[int, ...]:
         """The whole numbers under `key`: `{0,1}` as (0, 1); empty where it is absent."""
@@ -172,7 +179,7 @@ def split_list(text: str) -> list[str]:
 def parse_shapes(text: str) -> tuple[Shape, ...]:
     """`(f32[2]{0}, token[])` as its arrays, nested tuples flattened; a bound (`<=8`) counts as the size."""
     found = _ARRAY.findall(text)
-    return tuple(Shape(t, tuple(int(n.strip().lstrip("<=")) for n in d.split(",") if n), lay) for t, d, lay in found)
+    return tuple(Shape(t, tuple(int(n.lstrip("<=")) for n in d.split(",") if n), lay) for t, d, lay in found)
 
 
 def parse_module(text: str) -> Module:

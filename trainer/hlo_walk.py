@@ -82,7 +82,7 @@ class Walk:
         if instruction.opcode in _CALLS:
             return [(name, 1) for name in instruction.called("calls", "to_apply", "called_computations")]
         if instruction.opcode == "while":
-            body, condition = instruction.called("body")[0], instruction.called("condition")[0]
+            body, condition = instruction.only_called("body"), instruction.only_called("condition")
             works = self._weight(body) != (0, 0) or self._weight(condition) != (0, 0)
             count = self._loops.trip_count(computation, instruction) if works else 1
             return [(body, count), (condition, count + 1)]
@@ -90,6 +90,8 @@ class Walk:
             branches = instruction.called("branch_computations") or tuple(
                 name for key in ("true_computation", "false_computation") for name in instruction.called(key)
             )
+            if not branches:
+                raise HloError(f"conditional {instruction.name!r:.80} has no branches")
             heaviest = max(branches, key=self._weight)
             if self._weight(heaviest) != (0, 0):
                 self.assumptions.append(

@@ -101,8 +101,10 @@ def parse_target(text: str) -> Target:
             )
         return Target(f"cpu:{rest}", "cpu", int(rest))
     if platform != "tpu":
-        hint = nearest(platform, ["cpu", "tpu"]) or f"; {_EXAMPLES}"
-        raise QuestionError(f"target = {text!r:.60}: unknown platform {platform!r:.20}{hint}")
+        if _ALIASES.get(platform, platform) in _GENERATIONS:
+            raise QuestionError(f"target = {text!r:.60}: no platform named; did you mean 'tpu:{text.strip():.60}'?")
+        hint = "" if platform == "gpu" else nearest(platform, ["cpu", "tpu"])
+        raise QuestionError(f"target = {text!r:.60}: unknown platform {platform!r:.20}{hint or f'; {_EXAMPLES}'}")
     generation, _, shape = rest.partition(":")
     generation = _ALIASES.get(generation, generation)
     if generation not in _GENERATIONS:
