@@ -76,25 +76,30 @@ def ffn_parameters(
 
 
 def network(
-    s: Setting, x: Array, p: Tree, ffn: Ffn, prefix: str, names: tuple[str, str], products: str = "...d,df->...f"
-) -> Array:
-    """The network on [..., D] (experts: [e, R, D] with `products` = `erd,edf->erf`), before any sum over devices."""
-    one, two = products, products
+    s: Setting, x: Array, p: Tree, ffn: Ffn, prefix: str, names: tuple[str, str], products: str = "...d,df->...f",
+    factor: Array | None = None,
+) -> Array:  # fmt: skip
+    """The network on [..., D] (experts: [e, R, D] with `products` = `erd,edf->erf`), before any sum over devices.
+
+    `factor` [..., 1] multiplies the input of the last product: an expert's gates.
+    """
     cast = {k: w.astype(s.compute) for k, w in p.items()}
     with s.scope(f"{prefix}.up"):
-        h = jnp.einsum(one, x, cast["up"])
+        h = jnp.einsum(products, x, cast["up"])
         if "up_bias" in cast:
             h = h + _bias(cast["up_bias"], h)
         h = checkpoint_name(h, names[0])
-        gate = checkpoint_name(jnp.einsum(one, x, cast["gate"]), names[0]) if ffn.gated else None
+        gate = checkpoint_name(jnp.einsum(products, x, cast["gate"]), names[0]) if ffn.gated else None
     act = ACTIVATIONS[ffn.activation]
     with s.scope(f"{prefix}.activation"):
         h = checkpoint_name(act(h) if gate is None else act(gate) * h, names[1])
     for i in range(1, ffn.depth):
         with s.scope(f"{prefix}.hidden"):
-            h = checkpoint_name(act(jnp.einsum(two, h, cast[f"hidden_{i}"])), names[0])
+            h = checkpoint_name(act(jnp.einsum(products, h, cast[f"hidden_{i}"])), names[0])
     with s.scope(f"{prefix}.down"):
-        return checkpoint_name(jnp.einsum(two, h, cast["down"]), names[0])
+        if factor is not None:
+            h = h * factor
+        return checkpoint_name(jnp.einsum(products, h, cast["down"]), names[0])
 
 
 def _bias(bias: Array, like: Array) -> Array:

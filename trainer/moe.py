@@ -190,15 +190,15 @@ def tokens_back(s: Setting, y_TD: Array, shape: tuple[int, ...]) -> Array:
     return y_TD.reshape(shape)
 
 
-def run_experts(s: Setting, moe: Moe, rows_eRD: Array, p: Tree, noise: Noise | None) -> Array:
-    """The networks of this device's experts on their rows; biases and expert dropout included."""
+def run_experts(s: Setting, moe: Moe, rows_eRD: Array, gate_eR: Array, p: Tree, noise: Noise | None) -> Array:
+    """The networks of this device's experts on their rows, times the gates; expert dropout included."""
     rate = s.job.training.learning.expert_dropout
-    ffn = moe.expert
-    out = network(s, rows_eRD, p, ffn, "moe.experts", ("experts", "expert_activation"), "erd,edf->erf")
+    names = ("experts", "expert_activation")
+    out = network(s, rows_eRD, p, moe.expert, "moe.experts", names, "erd,edf->erf", gate_eR[..., None])
     if "down_bias" in p:
         # Slices of an expert each add their share, so that the sum over them has it once.
-        slices = s.axes.size(s.axes.expert_tensor)
-        out = out + p["down_bias"].astype(out.dtype)[:, None] / slices
+        bias = p["down_bias"].astype(out.dtype)[:, None] / s.axes.size(s.axes.expert_tensor)
+        out = out + bias * gate_eR[..., None].astype(out.dtype)
     if rate and noise is not None:
         keep = jax.random.uniform(jax.random.fold_in(noise.key, 25), out.shape) >= rate
         out = jnp.where(keep, out / (1 - rate), 0).astype(out.dtype)
@@ -228,7 +228,7 @@ def moe_layer(s: Setting, moe: Moe, x_BSD: Array, p: Tree, noise: Noise | None) 
     x_GND = varying(x_GND, s.axes.expert_tensor)
     if slots is None:
         assert routed.choices is not None
-        y_GND = ragged_experts(s, moe, x_GND, routed.choices, p["experts"], noise)
+        y_GND = ragged_experts(s, moe, x_GND, routed.choices, p["experts"])
     else:
         y_GND = _through_slots(s, moe, x_GND, routed, p["experts"], noise)
     y_BSD = tokens_back(s, y_GND.reshape(x_TD.shape), x_BSD.shape)
@@ -242,25 +242,26 @@ def moe_layer(s: Setting, moe: Moe, x_BSD: Array, p: Tree, noise: Noise | None) 
 
 
 def _through_slots(s: Setting, moe: Moe, x_GND: Array, routed: Routed, experts: Tree, noise: Noise | None) -> Array:
-    layout = s.degrees.layout
-    ranks = s.degrees.expert
+    way, ranks, seats = dispatch.WAYS.get(s.degrees.layout), s.degrees.expert, routed.assignment
     with s.scope("moe.dispatch"):
-        if routed.assignment is None:
-            assert routed.token_GEC is not None
-            buffer = dispatch.chosen_dispatch(x_GND, routed.token_GEC)
+        if seats is None or routed.choices is None or way is None:
+            assert routed.token_GEC is not None and routed.gate_GEC is not None
+            buffer, gate = dispatch.chosen_dispatch(x_GND, routed.token_GEC), routed.gate_GEC.swapaxes(0, 1)
         else:
-            buffer = dispatch.WAYS[layout][0](x_GND, routed.assignment)
+            buffer, gate = way[0](x_GND, seats), dispatch.gates(routed.choices.gate_GNK, seats)
         buffer = checkpoint_name(buffer, "dispatch")
+        gate = varying(gate.astype(s.compute), s.axes.expert_tensor)
     with s.scope("moe.dispatch_all_to_all"):
         rows = checkpoint_name(dispatch.send(buffer, s.axes.expert, ranks), "dispatch")
-    rows = run_experts(s, moe, rows, experts, noise)
+        gate_eR = checkpoint_name(dispatch.send(gate[..., None], s.axes.expert, ranks), "dispatch")[..., 0]
+    rows = run_experts(s, moe, rows, gate_eR, experts, noise)
     with s.scope("moe.combine_all_to_all"):
-        back = checkpoint_name(dispatch.send_back(rows, s.axes.expert, ranks, x_GND.shape[0]), "dispatch")
+        back = dispatch.send_back(rows, s.axes.expert, ranks, x_GND.shape[0])
     with s.scope("moe.combine"):
-        if routed.assignment is None or routed.choices is None:
-            assert routed.token_GEC is not None and routed.gate_GEC is not None
-            return dispatch.chosen_combine(back, routed.gate_GEC, routed.token_GEC, x_GND.shape[1])
-        return dispatch.WAYS[layout][1](back, routed.choices.gate_GNK, routed.assignment)
+        if seats is None or way is None:
+            assert routed.token_GEC is not None
+            return dispatch.chosen_combine(back, routed.token_GEC, x_GND.shape[1])
+        return way[1](back, seats)
 
 
 def _observe(s: Setting, moe: Moe, routed: Routed, length: int) -> tuple[Sums, Tree]:
