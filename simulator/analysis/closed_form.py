@@ -27,7 +27,10 @@ from simulator.workload.stages import Workload
 
 @dataclass(slots=True)
 class StageResult:
-    """Seconds of a whole step on one device of one stage, by kind; all-to-all and other are exposed seconds."""
+    """Seconds of a whole step on one device of one stage, by kind; all-to-all and other are exposed seconds.
+
+    `hot_forward_s` and `hot_backward_s` are the imbalance of one microbatch's passes.
+    """
 
     compute_s: Number = 0.0
     all_to_all_s: Number = 0.0
@@ -35,6 +38,8 @@ class StageResult:
     all_to_all_bytes: Number = 0.0
     other_s: Number = 0.0
     imbalance_s: Number = 0.0
+    hot_forward_s: Number = 0.0
+    hot_backward_s: Number = 0.0
     host_s: Number = 0.0
     tail_s: Number = 0.0
     executed_flops: Number = 0.0
@@ -117,13 +122,17 @@ class _Stage:
             reduced = each * (t.piece.dense_parameters + t.piece.expert_parameters) / maximum(dense + expert, 1e-30)
             shown = self._piece(out, t, n, gathers, reduced)
             room_f, room_b = room_f + n * shown[2], room_b + n * shown[3]
-            wait_f = shown[0] + t.forward_other_s + t.hot_s / 3
-            wait_b = shown[1] + t.backward_other_s + 2 * t.hot_s / 3 + t.host_s
+            # A backward pass of experts is two products to the forward's one.
+            hot = t.hot_unit_s * (self.timer.busiest - 1)
+            hot_f, hot_b = hot / 3 + shown[4], hot * 2 / 3 + shown[5]
+            wait_f = shown[0] + t.forward_other_s + hot_f
+            wait_b = shown[1] + t.backward_other_s + hot_b + t.host_s
+            out.hot_forward_s, out.hot_backward_s = out.hot_forward_s + n * hot_f, out.hot_backward_s + n * hot_b
             forward_wait, backward_wait = forward_wait + n * wait_f, backward_wait + n * wait_b
             one = StageTimes(t.forward_s + wait_f, t.backward_input_s + wait_b, t.backward_weight_s)
             out.piece_times[t.piece.name] = one
             out.other_s += n * micro * (t.forward_other_s + t.backward_other_s)
-            out.imbalance_s += n * micro * t.hot_s
+            out.imbalance_s += n * micro * (hot_f + hot_b)
             out.host_s += n * micro * t.host_s
             out.executed_flops += n * micro * t.executed_flops
             out.model_flops += n * micro * t.model_flops
@@ -143,8 +152,9 @@ class _Stage:
 
     def _piece(
         self, out: StageResult, t: PieceTime, n: int, gathers: tuple[Number, Number], reduced: Number
-    ) -> tuple[Number, Number, Number, Number]:
-        """Exposed seconds of a piece, forward and backward, one microbatch; and the compute left to hide more behind.
+    ) -> tuple[Number, Number, Number, Number, Number, Number]:
+        """Exposed seconds of a piece, forward and backward, one microbatch; the compute left to hide more behind; and
+        what the all-to-alls of the busiest rank add to either pass where that is exposed.
 
         All-to-alls, gathers and reductions use the same network cards: what runs beside the compute has to fit there
         together. DualPipe runs a forward and a backward together, so that either's communication hides behind both;
@@ -157,6 +167,7 @@ class _Stage:
         backward = t.backward_input_s + (0.0 if split else weight)
         a2a = t.forward_all_to_all_s, t.backward_all_to_all_s
         beside = tuple(x if overlap.all_to_all else 0.0 for x in a2a)
+        more = tuple((self.timer.busiest - 1) * x for x in (t.hot_forward_s, t.hot_backward_s))
         states = (
             gathers[0] if overlap.parameters else 0.0,
             (gathers[1] if overlap.parameters else 0.0) + (reduced if overlap.gradients else 0.0),
@@ -167,11 +178,20 @@ class _Stage:
             shown = self._hide(beside[0] + beside[1], compute, True)
             rest = self._hide(beside[0] + beside[1] + states[0] + states[1], compute, True) - shown
             first, second = (shown + rest) / 3, (shown + rest) * 2 / 3
+            if overlap.all_to_all:
+                whole = beside[0] + beside[1] + states[0] + states[1] + more[0] + more[1]
+                hot = self._hide(whole, compute, True) - shown - rest
+                more = hot / 3, hot * 2 / 3
         else:
             shown_f, shown_b = self._hide(beside[0], forward, True), self._hide(beside[1], backward, True)
             first = self._hide(beside[0] + states[0], forward, True)
             second = self._hide(beside[1] + states[1], backward, True)
             shown, rest = shown_f + shown_b, first - shown_f + second - shown_b
+            if overlap.all_to_all:
+                more = (
+                    self._hide(beside[0] + states[0] + more[0], forward, True) - first,
+                    self._hide(beside[1] + states[1] + more[1], backward, True) - second,
+                )
         serial = a2a[0] - beside[0], a2a[1] - beside[1]
         exposed = shown + serial[0] + serial[1]
         out.all_to_all_s += n * micro * exposed
@@ -186,7 +206,7 @@ class _Stage:
         alone_f = gathers[0] - states[0]
         left_f = maximum(forward - beside[0] - states[0], 0.0)
         left_b = maximum((weight if split else backward - beside[1] - states[1]), 0.0)
-        return first + serial[0] + alone_f, second + serial[1] + alone - alone_f, left_f, left_b
+        return first + serial[0] + alone_f, second + serial[1] + alone - alone_f, left_f, left_b, *more
 
     def _gather(self, out: StageResult, t: PieceTime, n: int) -> tuple[Number, Number]:
         """Seconds of gathering a piece's sharded weights, forward and backward, one microbatch."""
