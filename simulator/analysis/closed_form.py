@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 
 from hw_profiles.cluster import Cluster
 from hw_profiles.errors import QuestionError
-from simulator.costs.piece_times import CommTime, PieceTime, Timer
+from simulator.analysis.launches import launch_bound
+from simulator.costs.piece_times import CommTime, PieceTime, Timer, launch_s
 from simulator.costs.reductions import StateCosts
 from simulator.job.job import Job
 from simulator.job.rules import Degrees
@@ -29,7 +30,8 @@ from simulator.workload.stages import Workload
 class StageResult:
     """Seconds of a whole step on one device of one stage, by kind; all-to-all and other are exposed seconds.
 
-    `hot_forward_s` and `hot_backward_s` are the imbalance of one microbatch's passes.
+    `kernels` are what the host launches for a microbatch's forward, input and weight gradients; `hot_forward_s` and
+    `hot_backward_s` are the imbalance of one microbatch's passes.
     """
 
     compute_s: Number = 0.0
@@ -41,6 +43,7 @@ class StageResult:
     hot_forward_s: Number = 0.0
     hot_backward_s: Number = 0.0
     host_s: Number = 0.0
+    kernels: tuple[float, float, float] = (0.0, 0.0, 0.0)
     tail_s: Number = 0.0
     executed_flops: Number = 0.0
     model_flops: Number = 0.0
@@ -134,6 +137,9 @@ class _Stage:
             out.other_s += n * micro * (t.forward_other_s + t.backward_other_s)
             out.imbalance_s += n * micro * (hot_f + hot_b)
             out.host_s += n * micro * t.host_s
+            before = out.kernels
+            more = (t.forward_kernels, t.input_kernels, t.weight_kernels)
+            out.kernels = (before[0] + n * more[0], before[1] + n * more[1], before[2] + n * more[2])
             out.executed_flops += n * micro * t.executed_flops
             out.model_flops += n * micro * t.model_flops
         if self.costs.every_microbatch:
@@ -278,15 +284,25 @@ def closed_form(
     per_chunk = _chunk_times(stages, times, workload) if job.plan.virtual_stages > 1 else per_stage
     pipeline = pipeline_time(job.plan.schedule, per_chunk, degrees.microbatches, job.plan.virtual_stages, hop)
     # Stage p ends its last backward p backward passes before stage 0: reductions use that slack.
-    step: Number = 0.0
+    splits = dual or job.plan.schedule == "zb-h1"
+    each = launch_s(job, cluster.chip, habits)
+    ahead: list[Number] = []
+    launched: Number = 0.0
     for p, s in enumerate(stages):
         assert s.times is not None
         backward = s.times.backward_input + s.times.backward_weight
-        ahead = 0.0 if dual or job.plan.schedule == "zb-h1" else p * backward / job.plan.virtual_stages
-        step = maximum(step, pipeline - ahead + s.tail_s)
-    step = maximum(step, pipeline)
-    host = cluster.chip.host_step_overhead_us.value * 1e-6
-    step = step + host
+        ahead.append(0.0 if splits else p * backward / job.plan.virtual_stages)
+        # Hosts wait for nobody: a stage ends no sooner than its kernels are launched, and the stages before it follow.
+        copies = (s, stages[-1 - p]) if dual else (s,)
+        bound = launch_bound(job.plan.schedule, p, degrees, [(c.times, c.kernels) for c in copies], each)
+        launched = maximum(launched, bound + ahead[p])
+    free, step = (
+        _last([end, *(end - a + s.tail_s for s, a in zip(stages, ahead, strict=True))])
+        for end in (pipeline, maximum(pipeline, launched))
+    )
+    once = cluster.chip.host_step_overhead_us.value * 1e-6
+    host = once + step - free
+    step = step + once
     n = len(stages)
 
     def mean(name: str) -> Number:
@@ -301,6 +317,14 @@ def closed_form(
     # One stage waits for nobody: what is left there is rounding.
     bubble = maximum(step - busy, 0.0) if degrees.pipeline > 1 else 0.0
     return ClosedForm(step, Parts(compute, a2a, other, host, imbalance, bubble), stages, times)
+
+
+def _last(ends: list[Number]) -> Number:
+    """The latest of several ends."""
+    out = ends[0]
+    for end in ends[1:]:
+        out = maximum(out, end)
+    return out
 
 
 def _chunk_times(stages: list[StageResult], times: list[PieceTime], workload: Workload) -> list[StageTimes]:

@@ -13,7 +13,7 @@ from simulator.analysis.closed_form import ClosedForm
 from simulator.analysis.critical_path import critical_path
 from simulator.analysis.draws import out_of_memory, percentiles
 from simulator.analysis.event_options import EventOptions
-from simulator.costs.piece_times import Timer
+from simulator.costs.piece_times import Timer, launch_s
 from simulator.costs.reductions import StateCosts
 from simulator.engine.load_patterns import Patterns, load_patterns, no_pattern
 from simulator.engine.loads import expert_loads
@@ -110,6 +110,7 @@ REASONS = {
     "all_to_all_s": "all-to-alls beside other traffic, or hidden more or less than layer by layer",
     "communication_s": "gradients and weights sharing links, or late for a stage that needs them",
     "imbalance_s": "the draw of the routing differs from its expectation",
+    "host_s": "kernels launched later than the device could start them",
     "bubble_s": "waiting in the pipeline: unequal stages, hops, or the slowest group",
 }
 
@@ -177,6 +178,7 @@ def set_up(
         straggler=straggler,
         base_bytes=[m.peak_bytes - m.activations_bytes for m in memory],
         host_s=cluster.chip.host_step_overhead_us.value * 1e-6,
+        launch_s=launch_s(job, cluster.chip, habits),
     )
 
 

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import simpy
 
 from simulator.engine.load_patterns import LoadPattern
-from simulator.engine.record import COMPUTE, KIND, NETWORK
+from simulator.engine.record import COMPUTE, HOST, KIND, NETWORK
 from simulator.engine.work import ChunkWork, PassWork, Transfer
+from simulator.network.flight import TICK_S
 from simulator.workload.orders import BACKWARD, FORWARD, INPUT, WEIGHT, Action, model_stage
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ class Device:
         self.work = self.setup.devices[p]
         self.order = self.setup.orders[p]
         self.spent = engine.spent[self.index]
+        # When the host has launched all kernels so far: it never waits for the device, and runs ahead of it.
+        self.launched = 0.0
         self.straggle = self.setup.straggler(p, g)
         # Reductions under way: transfer, event.
         self.pending: list[tuple[Transfer, simpy.Event]] = []
@@ -93,6 +96,10 @@ class Device:
         passes = [(a, one) for a in actions for one in _passes(self.work.chunks[a.chunk], a)]
         self._remember(actions, FORWARD)
         compute = sum(one.compute_s for _, one in passes) * self.straggle
+        kernels, begun = sum(one.kernels for _, one in passes), self.launched
+        self.launched += self.setup.launch_s * kernels
+        if kernels:
+            before = yield from self._launches(begun, begun + self.setup.launch_s, actions[0], before)
         start = engine.now()
         running = [
             (t, engine.send(self.p, self.g, t, self._pattern(a, t)))
@@ -116,6 +123,9 @@ class Device:
             yield from self._slowed(running, start, compute)
         kind = KIND["forward and backward"] if len(actions) > 1 else PASS_KIND[actions[0].kind]
         row = self._add(COMPUTE, kind, actions[0], start, engine.now(), before)
+        if kernels:
+            # The last kernel cannot start before it is launched.
+            row = yield from self._launches(begun, self.launched + compute / kernels, actions[0], row)
         if running:
             row = yield from self._hidden(running, actions[0], before, row)
         for a, t in ((a, t) for a, one in passes for t in one.transfers if not t.overlapped):
@@ -127,6 +137,16 @@ class Device:
         row = yield from self._rest(passes, actions[0], row)
         self._remember(actions, BACKWARD)
         return row
+
+    def _launches(self, begun: float, time_s: float, label: Action, row: int) -> Steps:
+        """Wait until `time_s` for kernels that the host has been launching since `begun`; the row that ended last."""
+        begin = self.engine.now()
+        if not self.setup.launch_s or time_s - begin <= TICK_S:
+            return row
+        yield self.engine.pause(time_s - begin)
+        self.spent.host_s += self.engine.now() - begin
+        self._add(HOST, KIND["launch"], label, begun, self.launched, -1)
+        return self._add(COMPUTE, KIND["host"], label, begin, self.engine.now(), row)
 
     def _slowed(
         self, running: list[tuple[Transfer, simpy.Event]], start: float, compute: float

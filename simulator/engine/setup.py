@@ -18,7 +18,8 @@ class Setup:
     `excess(group, stage, microbatch)` is the busiest expert rank's load over the mean, minus one, averaged over the
     layers with experts of a model stage; `pattern` the loads of all its ranks, for all-to-alls. `slowdown` is what
     overlapped communication costs the compute beside it (0.1: a tenth longer). `straggler(stage, group)` multiplies
-    compute. `base_bytes` are the bytes a rank always holds.
+    compute. `base_bytes` are the bytes a rank always holds. `launch_s` is what the host needs to launch one kernel; 0
+    where whole programs are launched.
     """
 
     schedule: str
@@ -35,6 +36,7 @@ class Setup:
     base_bytes: list[float]
     host_s: float
     pattern: Patterns = no_pattern
+    launch_s: float = 0.0
 
     @property
     def stages(self) -> int:

@@ -41,7 +41,7 @@ class PassWork:
     """One pass of a chunk: seconds of compute, of collectives in tensor and context groups, of exposed host traffic.
 
     `hot_s` is what a load of twice the mean on the busiest rank would add to the compute of the layers with experts,
-    `hot_network_s` to their all-to-alls.
+    `hot_network_s` to their all-to-alls. `kernels` are what the host launches for the pass.
     """
 
     compute_s: float = 0.0
@@ -49,6 +49,7 @@ class PassWork:
     host_s: float = 0.0
     hot_s: float = 0.0
     hot_network_s: float = 0.0
+    kernels: float = 0.0
     transfers: list[Transfer] = field(default_factory=list)
 
     def add(self, new: Transfer) -> None:
@@ -152,6 +153,9 @@ class WorkBuilder:
                 # A backward pass of experts is two products to the forward's one.
                 forward.hot_s += n * t.hot_unit_s / 3
                 inputs.hot_s += n * t.hot_unit_s * 2 / 3
+            forward.kernels += n * t.forward_kernels
+            inputs.kernels += n * t.input_kernels
+            weight.kernels += n * t.weight_kernels
             forward.hot_network_s += n * t.hot_forward_s
             inputs.hot_network_s += n * t.hot_backward_s
             self._all_to_alls(forward, inputs, t, n)
