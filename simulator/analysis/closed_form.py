@@ -22,7 +22,7 @@ from simulator.results.forecast import Parts
 from simulator.workload.habits import Habits
 from simulator.workload.memory import Shards
 from simulator.workload.routing import busiest_over_mean, dirichlet_busiest, zipf_busiest
-from simulator.workload.schedules import StageTimes, pipeline_time
+from simulator.workload.schedules import Beside, StageTimes, hidden, pipeline_time
 from simulator.workload.stages import Workload
 
 
@@ -88,6 +88,21 @@ def busiest_rank(job: Job, degrees: Degrees) -> float:
     return worst
 
 
+@dataclass(slots=True)
+class _Shown:
+    """Seconds of one microbatch of a piece, each (forward, backward).
+
+    Exposed communication, all and what is beside nothing; communication beside compute, exposed or not; what the
+    busiest rank's all-to-alls add to what is exposed; and compute left to hide more behind.
+    """
+
+    all: tuple[Number, Number]
+    apart: tuple[Number, Number]
+    beside: tuple[Number, Number]
+    hot: tuple[Number, Number]
+    left: tuple[Number, Number]
+
+
 class _Stage:
     """Adds up one stage's pieces."""
 
@@ -102,10 +117,7 @@ class _Stage:
 
     def _hide(self, communication: Number, compute: Number, overlap: bool) -> Number:
         """Exposed seconds of communication beside compute, with what the compute loses while both run."""
-        if not overlap:
-            return communication
-        slowed = compute + self.slow * minimum(communication, compute)
-        return maximum(communication, slowed) - compute
+        return hidden(communication, compute, self.slow) if overlap else communication
 
     def result(self, pieces: list[tuple[PieceTime, int]], mirrored: list[tuple[PieceTime, int]]) -> StageResult:
         """The stage's step; `mirrored` are the pieces of DualPipe's second copy."""
@@ -118,19 +130,23 @@ class _Stage:
         layers = max(1, sum(n for t, n in both if t.piece.is_layer))
         reductions = self.costs.reductions(dense, expert)
         each = sum(c.seconds for c in reductions) if self.costs.every_microbatch else 0.0
-        f = bi = bw = forward_wait = backward_wait = room_f = room_b = 0.0
+        f = bi = bw = forward_wait = backward_wait = room_f = room_b = beside_f = beside_b = 0.0
         for t, n in pieces:
             f, bi, bw = f + n * t.forward_s, bi + n * t.backward_input_s, bw + n * t.backward_weight_s
             gathers = self._gather(out, t, n)
             reduced = each * (t.piece.dense_parameters + t.piece.expert_parameters) / maximum(dense + expert, 1e-30)
             shown = self._piece(out, t, n, gathers, reduced)
-            room_f, room_b = room_f + n * shown[2], room_b + n * shown[3]
+            room_f, room_b = room_f + n * shown.left[0], room_b + n * shown.left[1]
+            beside_f, beside_b = beside_f + n * shown.beside[0], beside_b + n * shown.beside[1]
             # A backward pass of experts is two products to the forward's one.
             hot = t.hot_unit_s * (self.timer.busiest - 1)
-            hot_f, hot_b = hot / 3 + shown[4], hot * 2 / 3 + shown[5]
-            wait_f = shown[0] + t.forward_other_s + hot_f
-            wait_b = shown[1] + t.backward_other_s + hot_b + t.host_s
-            out.hot_forward_s, out.hot_backward_s = out.hot_forward_s + n * hot_f, out.hot_backward_s + n * hot_b
+            hot_f, hot_b = hot / 3 + shown.hot[0], hot * 2 / 3 + shown.hot[1]
+            # Under DualPipe what is beside compute is exposed action by action (schedules.py), not here.
+            exposed = shown.apart if self.dual else shown.all
+            late = (hot / 3, hot * 2 / 3) if self.dual and overlap.all_to_all else (hot_f, hot_b)
+            wait_f = exposed[0] + late[0] + t.forward_other_s
+            wait_b = exposed[1] + late[1] + t.backward_other_s + t.host_s
+            out.hot_forward_s, out.hot_backward_s = out.hot_forward_s + n * late[0], out.hot_backward_s + n * late[1]
             forward_wait, backward_wait = forward_wait + n * wait_f, backward_wait + n * wait_b
             one = StageTimes(t.forward_s + wait_f, t.backward_input_s + wait_b, t.backward_weight_s)
             out.piece_times[t.piece.name] = one
@@ -145,7 +161,8 @@ class _Stage:
         if self.costs.every_microbatch:
             share = out.other_s / maximum(micro * each, 1e-30)
             out.comms += [(c, micro, minimum(share, 1.0)) for c in reductions]
-        out.times = StageTimes(f + forward_wait, bi + backward_wait, bw)
+        beside = Beside(beside_f, beside_b, (f, bi, bw), self.slow) if self.dual else None
+        out.times = StageTimes(f + forward_wait, bi + backward_wait, bw, beside)
         update = self.costs.update_s(dense, expert)
         out.compute_s = micro * (f + bi + bw) + update
         once = [] if self.costs.every_microbatch else reductions
@@ -156,11 +173,8 @@ class _Stage:
         )
         return out
 
-    def _piece(
-        self, out: StageResult, t: PieceTime, n: int, gathers: tuple[Number, Number], reduced: Number
-    ) -> tuple[Number, Number, Number, Number, Number, Number]:
-        """Exposed seconds of a piece, forward and backward, one microbatch; the compute left to hide more behind; and
-        what the all-to-alls of the busiest rank add to either pass where that is exposed.
+    def _piece(self, out: StageResult, t: PieceTime, n: int, gathers: tuple[Number, Number], reduced: Number) -> _Shown:
+        """What one microbatch of a piece exposes.
 
         All-to-alls, gathers and reductions use the same network cards: what runs beside the compute has to fit there
         together. DualPipe runs a forward and a backward together, so that either's communication hides behind both;
@@ -173,12 +187,14 @@ class _Stage:
         backward = t.backward_input_s + (0.0 if split else weight)
         a2a = t.forward_all_to_all_s, t.backward_all_to_all_s
         beside = tuple(x if overlap.all_to_all else 0.0 for x in a2a)
-        more = tuple((self.timer.busiest - 1) * x for x in (t.hot_forward_s, t.hot_backward_s))
+        excess = self.timer.busiest - 1
+        more = excess * t.hot_forward_s, excess * t.hot_backward_s
         states = (
             gathers[0] if overlap.parameters else 0.0,
             (gathers[1] if overlap.parameters else 0.0) + (reduced if overlap.gradients else 0.0),
         )
         alone = gathers[0] + gathers[1] + reduced - states[0] - states[1]
+        hot = more if overlap.all_to_all else (0.0, 0.0)
         if self.dual:
             compute = forward + backward
             shown = self._hide(beside[0] + beside[1], compute, True)
@@ -186,8 +202,8 @@ class _Stage:
             first, second = (shown + rest) / 3, (shown + rest) * 2 / 3
             if overlap.all_to_all:
                 whole = beside[0] + beside[1] + states[0] + states[1] + more[0] + more[1]
-                hot = self._hide(whole, compute, True) - shown - rest
-                more = hot / 3, hot * 2 / 3
+                late = self._hide(whole, compute, True) - shown - rest
+                more = late / 3, late * 2 / 3
         else:
             shown_f, shown_b = self._hide(beside[0], forward, True), self._hide(beside[1], backward, True)
             first = self._hide(beside[0] + states[0], forward, True)
@@ -212,7 +228,9 @@ class _Stage:
         alone_f = gathers[0] - states[0]
         left_f = maximum(forward - beside[0] - states[0], 0.0)
         left_b = maximum((weight if split else backward - beside[1] - states[1]), 0.0)
-        return first + serial[0] + alone_f, second + serial[1] + alone - alone_f, left_f, left_b, *more
+        apart = serial[0] + alone_f, serial[1] + alone - alone_f
+        inside = beside[0] + states[0] + hot[0], beside[1] + states[1] + hot[1]
+        return _Shown((first + apart[0], second + apart[1]), apart, inside, more, (left_f, left_b))
 
     def _gather(self, out: StageResult, t: PieceTime, n: int) -> tuple[Number, Number]:
         """Seconds of gathering a piece's sharded weights, forward and backward, one microbatch."""

@@ -48,6 +48,7 @@ def _pipeline(job: Job, setup: Setup, formula: ClosedForm, excess: list[float]) 
                 float(t.forward - stage.hot_forward_s + hot_f),
                 float(t.backward_input - stage.hot_backward_s + hot_b),
                 float(t.backward_weight),
+                t.beside,
             )
         )
     schedule = "1f1b" if job.plan.schedule == "interleaved" else job.plan.schedule
