@@ -188,7 +188,7 @@ def test_perfetto_trace_is_sound(tmp_path: Path) -> None:
         lanes[e["pid"], e["tid"]] = e["ts"] + e["dur"]
     names = {(e["pid"], e["tid"]): e["args"]["name"] for e in read["traceEvents"] if e["name"] == "thread_name"}
     assert set(lanes) == set(names)
-    assert {names[0, 1], names[0, 2], names[0, 4]} == {"compute", "network", "network 2"}
+    assert {names[0, 1], names[0, 2], names[0, 5]} == {"compute", "network", "network 2"}
     counters = [e for e in events if e["ph"] == "C"]
     assert len(counters) == sum(len(times) for times, _ in timeline.memory)
     arrows = {ph: {e["id"]: e for e in events if e["ph"] == ph} for ph in "sf"}

@@ -11,7 +11,7 @@ from simulator.results.links import LinkUse
 from simulator.results.timeline import KINDS, Timeline
 
 KIND = {name: i for i, name in enumerate(KINDS)}
-COMPUTE, NETWORK = 0, 1
+COMPUTE, NETWORK, HOST = 0, 1, 2
 
 
 @dataclass(slots=True)

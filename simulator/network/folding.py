@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from simulator.network.coflow import Coflow
+from simulator.network.coflow import Coflow, Part
 
 Array = NDArray[np.float64]
 Index = NDArray[np.int64]
@@ -50,9 +50,11 @@ def fold(coflows: Sequence[Coflow], bandwidth: Array) -> tuple[list[Coflow], Arr
     place[kept] = np.arange(kept.size)
     folded = []
     for coflow in coflows:
-        fewer = []
-        for p in coflow.parts:
-            stays = place[p.links] >= 0
-            fewer.append(replace(p, links=place[p.links][stays], bytes=p.bytes[stays], flows=p.flows[stays]))
-        folded.append(replace(coflow, parts=tuple(fewer)))
+        folded.append(replace(coflow, parts=tuple(onto(p, place) for p in coflow.parts)))
     return folded, bandwidth[kept], kept
+
+
+def onto(part: Part, place: Index) -> Part:
+    """`part` over the kept links alone; `place` (L) is the number of each link among them, -1 where it is not."""
+    stays = place[part.links] >= 0
+    return replace(part, links=place[part.links][stays], bytes=part.bytes[stays], flows=part.flows[stays])

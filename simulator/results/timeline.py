@@ -15,10 +15,10 @@ from simulator.results.links import LinkUse
 VERSION = "1"
 
 # Streams of a device, and what an interval is (`kinds` index these).
-STREAMS = ("compute", "network")
+STREAMS = ("compute", "network", "host")
 KINDS = (
     "forward", "backward", "input gradient", "weight gradient", "forward and backward", "all-to-all", "tensor",
-    "parameters", "gradients", "optimizer", "host", "imbalance",
+    "parameters", "gradients", "optimizer", "host", "imbalance", "launch",
 )  # fmt: skip
 
 

@@ -215,8 +215,11 @@ def moe_work(
         Comm(f"{prefix}.dispatch_all_to_all", "all_to_all", "expert", dispatch_payload, 1, 0, 1, hot, transport)
     )
     work.comms.append(
-        Comm(f"{prefix}.dispatch_all_to_all_backward", "all_to_all", "expert", payload, 0, 1, 0, hot, transport)
-    )
+        Comm(
+            f"{prefix}.dispatch_all_to_all_backward", "all_to_all", "expert", payload, 0, 1, 0, hot, transport,
+            (False, False),
+        )
+    )  # fmt: skip
     work.comms.append(Comm(f"{prefix}.expert_tensor_gather", "tensor", "expert_tensor", rows * row_bytes, 1, 1, 1, hot))
     experts = ffn_ops(
         f"{prefix}.experts", moe.expert, habits, rows=rows / experts_here, hidden=d, split=expert_tensor,
@@ -227,7 +230,9 @@ def moe_work(
         # The gate multiplies the experts' results, whose gradient needs them.
         experts[-1].saved_bytes = rows * row_bytes
     ops.extend(experts)
-    work.comms.append(Comm(f"{prefix}.combine_all_to_all", "all_to_all", "expert", payload, 1, 1, 0, hot, transport))
+    work.comms.append(
+        Comm(f"{prefix}.combine_all_to_all", "all_to_all", "expert", payload, 1, 1, 0, hot, transport, (False, True))
+    )
     ops.append(combine)
     if moe.shared_hidden:
         shared = moe.expert.model_copy(update={"hidden": moe.shared_hidden})
