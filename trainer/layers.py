@@ -145,10 +145,17 @@ def post_norm(s: Setting, x: Array, p: Tree) -> Array:
     return norm(x, p["post_norm"], s.job.model) if "post_norm" in p else x
 
 
-def embed(s: Setting, tokens_BS: Array, positions_BS: Array, p: Tree) -> Array:
-    """Rows of the embedding table, [B, S, D]; the vocabulary is split over the tensor ranks."""
+def embed(s: Setting, tokens_BS: Array, positions_BS: Array, p: Tree, shard: tuple[str, ...]) -> Array:
+    """Rows of the embedding table, [B, S, D]; the vocabulary is split over the tensor ranks.
+
+    Where FSDP splits the hidden size over the `shard` axes, every rank looks its columns up for the tokens of all of
+    them and they exchange what they found: activations travel, never the table.
+    """
+    table = p["table"].astype(s.compute)
+    if shard:
+        with jax.named_scope("embedding.exchange"):
+            tokens_BS = lax.all_gather(tokens_BS, shard, axis=0)
     with jax.named_scope("embedding.lookup"):
-        table = p["table"].astype(s.compute)
         if s.axes.tensor:
             rows = table.shape[0]
             local = tokens_BS - lax.axis_index(s.axes.tensor) * rows
@@ -156,6 +163,11 @@ def embed(s: Setting, tokens_BS: Array, positions_BS: Array, p: Tree) -> Array:
             x = jnp.where(here[..., None], jnp.take(table, jnp.clip(local, 0, rows - 1), axis=0), 0)
         else:
             x = jnp.take(table, tokens_BS, axis=0)
+    if shard:
+        with jax.named_scope("embedding.exchange"):
+            # [ranks, B, S, D / ranks]: rank r's tokens go to rank r, which puts all columns side by side.
+            x = lax.all_to_all(x, shard, split_axis=0, concat_axis=0)
+            x = jnp.moveaxis(x, 0, 2).reshape(*x.shape[1:3], -1)
     with jax.named_scope("embedding.tensor_reduce"):
         x = sum_tensor(s, x, s.axes.tensor)
     if "positions" in p:

@@ -259,8 +259,7 @@ def forward(
     """
     model = s.job.model
     reports: dict[str, list[Any]] = {}
-    # Ends of the model are gathered once for the microbatch, like a layer's weights.
-    ends: Tree = {k: gathered(s, abstract[k], params[k]) for k in ("embedding", "logits") if k in params}
+    table, shard = embedding(s, abstract, params)
 
     def noise_of(tokens_BS: Array, number: int) -> Noise | None:
         if key is None:
@@ -273,7 +272,7 @@ def forward(
         e = s.inside("encoder")
         tokens = batch["encoder_tokens_BS"]
         around = surroundings(e, params["encoder"], batch, "encoder_", tokens.shape[1], causal=False)
-        x = embed(e, tokens, around.positions_BS, ends["embedding"])
+        x = embed(e, tokens, around.positions_BS, table, shard)
         layers = stack_layers(s.job, s.degrees, "encoder")
         x, reports["encoder"] = run_layers(
             e, layers, abstract["encoder"]["segments"], params["encoder"]["segments"], x, around, noise_of(tokens, 0)
@@ -285,20 +284,31 @@ def forward(
     tokens = batch["tokens_BS"]
     around = surroundings(s, params["decoder"], batch, "", tokens.shape[1], causal=True)
     around = Surroundings(around.positions_BS, around.segments_BS, memory, memory_segments, around.bias_HST)
-    x = embed(s, tokens, around.positions_BS, ends["embedding"])
+    x = embed(s, tokens, around.positions_BS, table, shard)
     layers = stack_layers(s.job, s.degrees, "decoder")
     x, reports["decoder"] = run_layers(
         s, layers, abstract["decoder"]["segments"], params["decoder"]["segments"], x, around, noise_of(tokens, 1),
         len(model.encoder_layers),
     )  # fmt: skip
-    return head(s, abstract, params, ends, x, batch), reports
+    return head(s, abstract, params, x, batch), reports
 
 
-def head(s: Setting, abstract: Tree, params: Tree, ends: Tree, x: Array, batch: Tree) -> Tree:
-    """Final norm, logits and the sums of the loss."""
+def embedding(s: Setting, abstract: Tree, params: Tree) -> tuple[Tree, tuple[str, ...]]:
+    """The input table as `embed` takes it, and the axes that split its hidden size; learnt positions are gathered."""
+    spec, held = abstract["embedding"], params["embedding"]
+    shard = shard_axes(spec["table"], s.axes) if s.job.plan.shard == "parameters" else ()
+    out: Tree = {"table": held["table"]}
+    if "positions" in spec:
+        out |= gathered(s, {"positions": spec["positions"]}, {"positions": held["positions"]})
+    return out, shard
+
+
+def head(s: Setting, abstract: Tree, params: Tree, x: Array, batch: Tree) -> Tree:
+    """Final norm, logits and the sums of the loss; the output table is gathered once for the microbatch."""
     tied = s.job.model.tied_embeddings
     final = gathered(s, abstract["decoder"]["norm"], params["decoder"]["norm"])
-    table = ends["embedding" if tied else "logits"]["table"]
+    name = "embedding" if tied else "logits"
+    table = gathered(s, {"table": abstract[name]["table"]}, {"table": params[name]["table"]})["table"]
     weights = batch["weights_BS"].astype(jnp.float32)
 
     def loss(x: Array, final: Tree, table: Array) -> tuple[Array, ...]:

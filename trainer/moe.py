@@ -11,6 +11,7 @@ experts of this device, K choices, C slots, R rows.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -153,6 +154,27 @@ def route(
     return Routed(logits, choices, seats, load=load)
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def own_share(x_TD: Array, axes: tuple[str, ...], parts: int) -> Array:
+    """This rank's part of tokens that all ranks along `axes` hold; its gradient is gathered from them.
+
+    JAX's own gradient of a slice pads it and sums over the ranks, which moves twice the bytes.
+    """
+    share = x_TD.shape[0] // parts
+    return lax.dynamic_slice_in_dim(varying(x_TD, axes), lax.axis_index(axes) * share, share, 0)
+
+
+def _own_share(x_TD: Array, axes: tuple[str, ...], parts: int) -> tuple[Array, None]:
+    return own_share(x_TD, axes, parts), None
+
+
+def _gathered_share(axes: tuple[str, ...], parts: int, _: None, dy: Array) -> tuple[Array]:
+    return (lax.all_gather(dy, axes, axis=0, tiled=True, to="invarying"),)
+
+
+own_share.defvjp(_own_share, _gathered_share)
+
+
 def tokens_here(s: Setting, x_BSD: Array) -> Array:
     """The tokens [T, D] that this device routes: its share where tensor ranks split them, made explicit to the types.
 
@@ -165,11 +187,7 @@ def tokens_here(s: Setting, x_BSD: Array) -> Array:
         return x_BSD.reshape(-1, x_BSD.shape[-1])
     x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
     split = s.axes.token_split
-    if split:
-        parts = s.axes.size(split)
-        share = x_TD.shape[0] // parts
-        x_TD = lax.dynamic_slice_in_dim(varying(x_TD, split), lax.axis_index(split) * share, share, 0)
-    return x_TD
+    return own_share(x_TD, split, s.axes.size(split)) if split else x_TD
 
 
 def tokens_back(s: Setting, y_TD: Array, shape: tuple[int, ...]) -> Array:

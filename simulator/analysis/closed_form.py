@@ -128,7 +128,8 @@ class _Stage:
         dense = sum(n * t.piece.dense_parameters for t, n in both)
         expert = sum(n * t.piece.expert_parameters for t, n in both)
         layers = max(1, sum(n for t, n in both if t.piece.is_layer))
-        reductions = self.costs.reductions(dense, expert)
+        summed = sum(n * t.piece.dense_parameters for t, n in both if t.piece.is_reduced)
+        reductions = self.costs.reductions(summed, expert)
         each = sum(c.seconds for c in reductions) if self.costs.every_microbatch else 0.0
         f = bi = bw = forward_wait = backward_wait = room_f = room_b = beside_f = beside_b = 0.0
         for t, n in pieces:
@@ -234,8 +235,7 @@ class _Stage:
 
     def _gather(self, out: StageResult, t: PieceTime, n: int) -> tuple[Number, Number]:
         """Seconds of gathering a piece's sharded weights, forward and backward, one microbatch."""
-        if self.job.plan.shard != "parameters" or t.piece.name == "embedding":
-            # A table split over D is looked up in place; the result is exchanged, not the table.
+        if self.job.plan.shard != "parameters" or not t.piece.is_gathered:
             return 0.0, 0.0
         name = t.piece.name.partition("[")[0]
         seconds: Number = 0.0

@@ -203,6 +203,8 @@ class Timer:
                 out.backward_other_s = out.backward_other_s + backward * seconds
 
     def _kinds(self, comm: Comm) -> tuple[str, ...]:
+        if comm.kind == "sum":
+            return ("all_gather", "reduce_scatter") if self.job.plan.sequence_parallel else ("all_reduce",)
         if comm.kind == "tensor":
             return (
                 ("all_gather", "reduce_scatter")

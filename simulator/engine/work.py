@@ -122,7 +122,8 @@ class WorkBuilder:
         expert = sum(p.expert_parameters * n for p, n in pairs)
         layers = max(1, sum(c.layers for c in chunks))
         overlap = self.job.software.overlap
-        reductions = [_whole(c, "gradients", overlap.gradients) for c in self.costs.reductions(dense, expert)]
+        summed = sum(p.dense_parameters * n for p, n in pairs if p.is_reduced)
+        reductions = [_whole(c, "gradients", overlap.gradients) for c in self.costs.reductions(summed, expert)]
         if self.costs.every_microbatch:
             for chunk in chunks:
                 share = chunk.layers / layers
@@ -181,7 +182,7 @@ class WorkBuilder:
 
     def _gathers(self, forward: PassWork, inputs: PassWork, t: PieceTime, n: int) -> None:
         """FSDP: a layer's weights are gathered for each pass of each microbatch, the head's only for the forward."""
-        if self.job.plan.shard != "parameters" or t.piece.name == "embedding":
+        if self.job.plan.shard != "parameters" or not t.piece.is_gathered:
             return
         beside = self.job.software.overlap.parameters
         for axis, size, parameters in (

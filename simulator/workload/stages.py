@@ -24,7 +24,10 @@ from simulator.workload.routing import Slots
 
 @dataclass(slots=True)
 class Piece:
-    """One kind of work: its ops for a microbatch on a device, and the parameters that device holds before sharding."""
+    """One kind of work: its ops for a microbatch on a device, and the parameters that device holds before sharding.
+
+    `is_gathered`, `is_reduced`: whether FSDP gathers its weights whole, and sums its gradients over the shard ranks.
+    """
 
     name: str
     work: LayerWork
@@ -35,6 +38,8 @@ class Piece:
     slots: Slots | None = None
     routed_tokens: Number = 0.0
     largest_matrix: Number = 0.0
+    is_gathered: bool = True
+    is_reduced: bool = True
 
 
 @dataclass(slots=True)
@@ -146,7 +151,7 @@ class _Builder:
             stream_tokens=stream_tokens, routed_tokens=routed, assignments_here=arriving,
             experts_here=moe.experts / d.expert,
             hidden=self.model.hidden, tensor=d.tensor, expert_tensor=d.expert_tensor,
-            router_copies=d.tensor / token_split,
+            router_copies=d.tensor / token_split, split_tokens=token_split,
         )  # fmt: skip
 
     def embedding(self, lengths: list[int]) -> Piece:
@@ -155,8 +160,18 @@ class _Builder:
         moved = sum(self.stream_tokens(x) for x in lengths) * h * self.habits.activation_bytes
         work.ops.append(stream("embedding.lookup", "layer_input", 2 * moved, 3 * moved))
         work.comms.append(Comm("embedding.tensor_reduce", "tensor", "tensor", moved, 1, 1))
+        if self.habits.own and self.job.plan.shard == "parameters":
+            # Every rank looks its columns up for all ranks' tokens (whose numbers have 4 bytes), and they exchange what
+            # they found.
+            numbers = 4 * moved / (h * self.habits.activation_bytes) * self.degrees.data * self.degrees.context
+            work.comms.append(Comm("embedding.exchange", "all_gather", "replica", numbers, 1, 0))
+            work.comms.append(Comm("embedding.exchange", "all_to_all", "replica", moved, 1, 1))
         rows = m.vocab * m.embedding_tables + (m.position_count or 0 if m.positions == "learned" else 0)
-        return Piece("embedding", work, rows * h / self.degrees.tensor, 0.0, is_layer=False)
+        piece = Piece("embedding", work, rows * h / self.degrees.tensor, 0.0, is_layer=False)
+        # A table split over D is looked up in place; the result is exchanged. Tied to the logits, ours is gathered there.
+        piece.is_gathered = self.habits.own and m.tied_embeddings
+        piece.is_reduced = not self.habits.own or m.tied_embeddings or self.job.plan.shard != "parameters"
+        return piece
 
     def head(self, length: int, *, tied: bool) -> Piece:
         """Final norm, logits over the vocabulary (or the sampled classes), softmax cross-entropy."""
