@@ -210,6 +210,16 @@ def test_tpu_products_as_windows_count_as_products() -> None:
     assert _saved("v3_scattered").flops.total == SCATTERED
 
 
+def test_tpu_all_reduces_in_place_of_wide_gathers_and_scatters_say_what_was_asked() -> None:
+    program = _saved("v5p_wide")
+    both = 2 * 1024 * 1024 * 2
+    assert program.bytes_by_kind() == {"all-reduce": 2 * both}
+    assert program.bytes_by_kind(asked=True) == {"all-gather": both, "reduce-scatter": both}
+    assert {c.asked: (c.scopes, c.scopes_inferred) for c in program.collectives} == {
+        "all-gather": ((), True), "reduce-scatter": (("decoder.gradients.reduce_scatter",), True),
+    }  # fmt: skip
+
+
 def test_tpu_merged_sums_keep_the_first_name_only() -> None:
     (merged,) = _saved("v5p_merged_sums").collectives
     assert (merged.bytes, merged.operands, merged.scopes) == (T * (D + F) * 4, 2, ("decoder.gradients.all_reduce",))
@@ -413,6 +423,14 @@ def test_a_damaged_text_is_read_or_refused_but_breaks_nothing(cut: int, length: 
 def test_a_custom_call_that_may_multiply_is_named() -> None:
     text = _module('  ROOT %k = f32[] custom-call(), custom_call_target="tpu_custom_call"')
     assert executed_flops(parse_module(text)).uncounted == {"tpu_custom_call k": 1}
+
+
+def test_a_kernel_in_a_loop_is_named_with_how_often_it_runs() -> None:
+    kernel = '%y = f32[2,2] custom-call(%x), custom_call_target="tpu_custom_call"'
+    dot = "%y = f32[2,2] dot(%x, %x), lhs_contracting_dims={1}, rhs_contracting_dims={0}"
+    text = _module(ENTRY, LOOP).replace(dot, kernel).replace("FIRST", "0").replace("LAST", "7")
+    text = text.replace("STEP", "1").replace("DIRECTION", "LT")
+    assert executed_flops(parse_module(text)).uncounted == {"tpu_custom_call y": 7}
 
 
 def test_the_total_of_a_memory_report_is_that_of_the_default_space() -> None:
