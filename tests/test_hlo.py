@@ -220,6 +220,14 @@ def test_tpu_all_reduces_in_place_of_wide_gathers_and_scatters_say_what_was_aske
     }  # fmt: skip
 
 
+def test_tpu_an_all_reduce_on_the_sparse_core_in_place_of_a_gather_says_so() -> None:
+    program = _saved("7x_wide")
+    both = 2 * 1024 * 1024 * 2
+    assert program.bytes_by_kind() == {"all-reduce": both, "reduce-scatter": both}
+    assert program.bytes_by_kind(asked=True) == {"all-gather": both, "reduce-scatter": both}
+    assert all(c.asynchronous for c in program.collectives)
+
+
 def test_tpu_merged_sums_keep_the_first_name_only() -> None:
     (merged,) = _saved("v5p_merged_sums").collectives
     assert (merged.bytes, merged.operands, merged.scopes) == (T * (D + F) * 4, 2, ("decoder.gradients.all_reduce",))

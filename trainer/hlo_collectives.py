@@ -147,7 +147,7 @@ def _read(module: Module, inside: Computation, instruction: Instruction, times: 
     return Collective(
         name=instruction.name,
         kind=kind,
-        asked=_asked(module, inside, instruction, op_name) or kind,
+        asked=_asked(module, inside, instruction, op_name, caller) or kind,
         count=times,
         bytes=count_bytes,
         wire_bytes=_wire(kind, count_bytes, size),
@@ -191,7 +191,8 @@ def _op_name(module: Module, inside: Computation, instruction: Instruction,
     return makers, True
 
 
-def _asked(module: Module, inside: Computation, instruction: Instruction, op_names: tuple[str, ...]) -> str:
+def _asked(module: Module, inside: Computation, instruction: Instruction, op_names: tuple[str, ...],
+           caller: tuple[Computation, Instruction] | None) -> str:  # fmt: skip
     """The JAX primitive at the end of a name; or a gather, where an all-reduce adds up slices of a buffer of zeros."""
     for name in op_names:
         if (primitive := name.rpartition("/")[2]) in _PRIMITIVES:
@@ -199,6 +200,9 @@ def _asked(module: Module, inside: Computation, instruction: Instruction, op_nam
     if instruction.opcode != "all-reduce" or not instruction.operands:
         return ""
     made = _origin(inside, inside.operand(instruction, 0))
+    if made.opcode == "parameter" and caller and caller[1].opcode.endswith("-start"):
+        # On 7x the SparseCore runs it, in a computation of its own.
+        made = _origin(caller[0], caller[0].operand(caller[1], inside.parameters[made.name]))
     if made.opcode == "fusion":
         fused = module.computation(made.only_called("calls"))
         made = _origin(fused, fused.root)
