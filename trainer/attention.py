@@ -224,6 +224,8 @@ def attention_layer(
         h = norm(x_BSD, p["norm"], model)
     with s.scope(f"{prefix}.tensor_reduce"):
         h = gather_sequence(s, h)
+    # Marked as differing between tensor ranks once, so that queries, keys and values share one sum on the way back.
+    h = varying(h, s.axes.tensor)
     cast: Tree = {k: v if isinstance(v, dict) else v.astype(s.compute) for k, v in p.items()}
     if a.mla is not None and memory is None:
         q, k, v = _latent(s, a, h, cast, positions[0], prefix)

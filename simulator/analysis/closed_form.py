@@ -240,6 +240,8 @@ class _Stage:
         name = t.piece.name.partition("[")[0]
         seconds: Number = 0.0
         passes = 2 if t.piece.is_layer else 1
+        # XLA takes the gather of the output table, the same for every microbatch, out of our trainer's loop over them.
+        often = 1 if self.habits.own and not t.piece.is_layer else self.degrees.microbatches
         for axis, size, parameters in (
             ("replica", self.shards.dense, t.piece.dense_parameters),
             ("expert_data", self.shards.expert, t.piece.expert_parameters),
@@ -248,11 +250,11 @@ class _Stage:
                 bytes_ = parameters * self.habits.gather_bytes
                 rate = self.timer.rate_of("all_gather", size, axis)
                 one = rate.seconds(bytes_)
-                seconds = seconds + one
+                seconds = seconds + one * often / self.degrees.microbatches
                 scope = f"{name}.{'experts' if axis == 'expert_data' else 'parameters'}.all_gather"
                 comm = CommTime(scope, "all_gather", size, bytes_, 1.0, passes - 1.0, one, rate.level)
                 hidden = self._hide(one * passes, t.compute_s, self.job.software.overlap.parameters)
-                out.comms.append((comm, n * self.degrees.microbatches * passes, hidden / maximum(one * passes, 1e-30)))
+                out.comms.append((comm, n * often * passes, hidden / maximum(one * passes, 1e-30)))
         return seconds, seconds if passes == 2 else 0.0
 
     def _once(self, out: StageResult, comms: list[CommTime], compute: Number, beside: bool, layers: int) -> Number:

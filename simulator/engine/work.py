@@ -190,7 +190,9 @@ class WorkBuilder:
             ("expert_data", self.shards.expert, t.piece.expert_parameters),
         ):
             if size > 1 and parameters:
-                bytes_ = float(n * parameters * self.habits.gather_bytes)
+                # As in the closed form: our trainer gathers the output table once for all microbatches.
+                once = self.habits.own and not t.piece.is_layer
+                bytes_ = float(n * parameters * self.habits.gather_bytes) / (self.degrees.microbatches if once else 1)
                 new = Transfer(
                     "parameters", "all_gather", size, self.degrees.strides[axis], bytes_, n, overlapped=beside
                 )
