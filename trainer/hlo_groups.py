@@ -11,9 +11,7 @@ Groups = tuple[tuple[int, ...], ...]
 
 _IOTA = re.compile(r"\[(\d+(?:,\d+)*)\]<=\[(\d+(?:,\d+)*)\](?:T\((\d+(?:,\d+)*)\))?$")
 _MESH = re.compile(r"mesh\[([^\]]*)\]\s*\{([^}]*)\}$")
-_ORDERED = re.compile(
-    r"mesh\[([^\]]*)\], device_ids=\(\[(\d+(?:,\d+)*)\](?:T\((\d+(?:,\d+)*)\))?\)\s*\{([^}]*)\}$"
-)
+_ORDERED = re.compile(r"mesh\[([^\]]*)\], device_ids=\(\[(\d+(?:,\d+)*)\](?:T\((\d+(?:,\d+)*)\))?\)\s*\{([^}]*)\}$")
 _MESH_AXIS = re.compile(r"'?\"?([\w\-]+)'?\"?\s*=\s*(\d+)")
 _USED_AXIS = re.compile(r"'?\"?([A-Za-z_][\w\-]*)'?\"?(?::\((\d+)\)(\d+))?")
 

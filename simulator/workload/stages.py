@@ -190,7 +190,7 @@ class _Builder:
             work.comms.append(Comm("embedding.exchange", "all_to_all", "replica", moved, 1, 1))
         rows = m.vocab * m.embedding_tables + (m.position_count or 0 if m.positions == "learned" else 0)
         piece = Piece("embedding", work, rows * h / self.degrees.tensor, 0.0, is_layer=False)
-        # A table split over D is looked up in place; the result is exchanged. Tied to the logits, ours is gathered there.
+        # A table split over D is looked up in place; the result is exchanged. Tied, ours is gathered for the logits.
         piece.is_gathered = self.habits.own and m.tied_embeddings
         piece.is_reduced = not self.habits.own or m.tied_embeddings or self.job.plan.shard != "parameters"
         return piece
