@@ -18,9 +18,10 @@ from jax import lax
 
 from trainer.layers import embed
 from trainer.mesh import PIPELINE
-from trainer.model import Surroundings, gathered, head, own_sequence, run_layers, stack_layers, surroundings
+from trainer.model import Surroundings, head, own_sequence, run_layers, stack_layers, surroundings
 from trainer.parameters import Parameter, tree_map
 from trainer.setting import Noise, Setting, axes_of, varying
+from trainer.weights import gathered
 
 if TYPE_CHECKING:
     from collections.abc import Callable
