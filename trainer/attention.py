@@ -132,15 +132,15 @@ def core(q_BSKRh: Array, k_BTKh: Array, v_BTKv: Array, mask_BST: Array, bias_HST
     """Scores, softmax in float32, and the weighted sum of values: [B, S, H v]."""
     b, s, kv, r, hd = q_BSKRh.shape
     scores = jnp.einsum("bskrh,btkh->bkrst", q_BSKRh, k_BTKh, preferred_element_type=jnp.float32) * hd**-0.5
+    # Not the softmax: its derivative is written with its result before any name is given to it.
+    scores = checkpoint_name(scores, "core_attention")
     if bias_HST is not None:
         scores = scores + bias_HST.reshape(1, kv, r, *bias_HST.shape[1:])
     scores = jnp.where(mask_BST[:, None, None], scores, -1e30)
     if sinks_H is not None:
         sink = jnp.broadcast_to(sinks_H.astype(jnp.float32).reshape(1, kv, r, 1, 1), (b, kv, r, s, 1))
-        weights = jax.nn.softmax(jnp.concatenate([scores, sink], axis=-1), axis=-1)[..., :-1]
-    else:
-        weights = jax.nn.softmax(scores, axis=-1)
-    weights = checkpoint_name(weights.astype(v_BTKv.dtype), "core_attention")
+        scores = jnp.concatenate([scores, sink], axis=-1)
+    weights = jax.nn.softmax(scores, axis=-1)[..., : k_BTKh.shape[1]].astype(v_BTKv.dtype)
     out = jnp.einsum("bkrst,btkv->bskrv", weights, v_BTKv)
     return checkpoint_name(out.reshape(b, s, -1), "core_attention")
 
@@ -235,9 +235,9 @@ def attention_layer(
     with s.scope(f"{prefix}.core"):
         out = core(q, k, v, mask_BST, bias_HST, cast.get("sinks"))
     with s.scope(f"{prefix}.output"):
-        out = checkpoint_name(jnp.einsum("bsh,hd->bsd", out, cast["output"]), "attention_output")
+        out = jnp.einsum("bsh,hd->bsd", out, cast["output"])
     with s.scope(f"{prefix}.tensor_reduce"):
-        out = sum_tensor(s, out, s.axes.tensor)
+        out = checkpoint_name(sum_tensor(s, out, s.axes.tensor), "attention_output")
     with s.scope(f"{prefix}.residual"):
         out = post_norm(s, out + cast["output_bias"] if "output_bias" in cast else out, p)
         return x_BSD + dropped(out, rate, noise, 0 if memory is None else 2)

@@ -20,6 +20,8 @@ from trainer.parameters import Parameter
 from trainer.setting import Noise, Setting, dropped
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from simulator.job.model import Ffn, Model
 
 Array = jax.Array
@@ -77,11 +79,12 @@ def ffn_parameters(
 
 def network(
     s: Setting, x: Array, p: Tree, ffn: Ffn, prefix: str, names: tuple[str, str], products: str = "...d,df->...f",
-    factor: Array | None = None,
+    factor: Array | None = None, drop: Callable[[Array], Array] | None = None,
 ) -> Array:  # fmt: skip
     """The network on [..., D] (experts: [e, R, D] with `products` = `erd,edf->erf`), before any sum over devices.
 
-    `factor` [..., 1] multiplies the input of the last product: an expert's gates.
+    `names` file products and activations for the remat policy; `factor` [..., 1] multiplies the input of the last
+    product, an expert's gates; `drop` is dropout of the last hidden layer.
     """
     cast = {k: w.astype(s.compute) for k, w in p.items()}
     with s.scope(f"{prefix}.up"):
@@ -95,7 +98,9 @@ def network(
         h = checkpoint_name(act(h) if gate is None else act(gate) * h, names[1])
     for i in range(1, ffn.depth):
         with s.scope(f"{prefix}.hidden"):
-            h = checkpoint_name(act(jnp.einsum(products, h, cast[f"hidden_{i}"])), names[0])
+            h = checkpoint_name(jnp.einsum(products, h, cast[f"hidden_{i}"]), names[0])
+            h = checkpoint_name(act(h), names[1])
+    h = h if drop is None else drop(h)
     with s.scope(f"{prefix}.down"):
         if factor is not None:
             h = h * factor
@@ -111,7 +116,7 @@ def gather_sequence(s: Setting, x: Array) -> Array:
     """The whole sequence of a stream that is split over the tensor ranks; without sequence parallelism, `x`."""
     if not s.sequence_axes:
         return x
-    return lax.all_gather(x, s.sequence_axes, axis=1, tiled=True)
+    return checkpoint_name(lax.all_gather(x, s.sequence_axes, axis=1, tiled=True), "norms")
 
 
 def sum_tensor(s: Setting, x: Array, axes: tuple[str, ...]) -> Array:
@@ -132,7 +137,7 @@ def ffn_layer(s: Setting, x_BSD: Array, p: Tree, ffn: Ffn, noise: Noise | None) 
         h = gather_sequence(s, h)
     h = network(s, h, p["network"], ffn, "ffn", ("ffn", "ffn_activation"))
     with s.scope("ffn.tensor_reduce"):
-        h = sum_tensor(s, h, s.axes.tensor)
+        h = checkpoint_name(sum_tensor(s, h, s.axes.tensor), "ffn")
     with s.scope("ffn.residual"):
         if "down_bias" in p["network"]:
             h = h + p["network"]["down_bias"].astype(h.dtype)

@@ -8,12 +8,15 @@ Letters: L layers, G groups, N tokens of a group, E experts, K choices.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from simulator.job.learning import RouterTraining
     from trainer.routing import Choices
 
@@ -29,25 +32,41 @@ def counted(choices: Choices, experts: int, first_only: bool) -> Array:
     return jax.lax.stop_gradient(hot.sum((1, 2)))
 
 
-def router_sums(logits_GNE: Array, choices: Choices, how: RouterTraining, span: int, load: Sums | None = None) -> Sums:
+@dataclass(frozen=True)
+class Spans:
+    """Stretches of `tokens` tokens over which the balance loss takes its means: a group, or a sequence.
+
+    A device may hold only pieces of `piece` tokens: `join` then makes sums over spans [Z, E] of sums over its pieces,
+    the same ones on `copies` devices.
+    """
+
+    tokens: int
+    piece: int
+    join: Callable[[Array], Array] = lambda x: x
+    copies: int = 1
+
+
+def router_sums(
+    logits_GNE: Array, choices: Choices, how: RouterTraining, spans: Spans, load: Sums | None = None
+) -> Sums:
     """What a layer contributes to the losses of its router: sums over its tokens.
 
-    `balance`: sum over spans of `span` tokens (a group, or a sequence) of E sum_e f_e P_e, f and P means over the span;
-    `counts_E`, `probabilities_E` for the balance over a batch; `z`: sum over tokens of logsumexp squared; with `load`
-    (the sums of loads of a noisy router) also `importance_E`, the sum of gates.
+    `balance`: sum over spans of E sum_e f_e P_e, f and P means over the span; `counts_E`, `probabilities_E` for the
+    balance over a batch; `z`: sum over tokens of logsumexp squared; with `load` (the sums of loads of a noisy router)
+    also `importance_E`, the sum of gates.
     """
     groups, tokens, experts = logits_GNE.shape
-    spans = groups * tokens // span
+    pieces = groups * tokens // spans.piece
 
-    def by_span(x: Array) -> Array:
-        return x.reshape(spans, span, *x.shape[2:])
+    def by_piece(x: Array) -> Array:
+        return x.reshape(pieces, spans.piece, *x.shape[2:])
 
-    cut = jax.tree.map(by_span, choices)
+    cut = jax.tree.map(by_piece, choices)
     first_only = how.balance_counts == "first"
     k = 1 if first_only else choices.expert_GNK.shape[-1]
     counts = counted(cut, experts, first_only)
     sums: Sums = {
-        "spans": jnp.float32(spans),
+        "spans": jnp.float32(groups * tokens / spans.tokens),
         "tokens": jnp.float32(groups * tokens),
         "z": jnp.square(jax.nn.logsumexp(logits_GNE, axis=-1)).sum(),
     }
@@ -56,7 +75,8 @@ def router_sums(logits_GNE: Array, choices: Choices, how: RouterTraining, span: 
     elif how.balance_scope == "batch":
         sums |= {"counts_E": counts.sum(0) / k, "probabilities_E": choices.probabilities_GNE.sum((0, 1))}
     else:
-        sums["balance"] = (experts * (counts / (span * k)) * cut.probabilities_GNE.mean(1)).sum()
+        f, p = (spans.join(x) / spans.tokens for x in (counts / k, cut.probabilities_GNE.sum(1)))
+        sums["balance"] = (experts * f * p).sum() / spans.copies
     return sums
 
 
@@ -68,8 +88,9 @@ def squared_variation(x_E: Array) -> Array:
 def finish(sums: Sums, how: RouterTraining) -> dict[str, Array]:
     """The losses of one layer (or of L, along leading axes) from sums over all devices, before their coefficients.
 
-    - balance: E sum_e f_e P_e, 1 at perfect balance and E when all tokens go to one expert with certainty, whatever k
-      (f counts over N k). mesh-tf, Megatron and axlearn agree; flaxformer's and MaxText's is k times it.
+    - balance: E sum_e f_e P_e, 1 at perfect balance whatever k (f counts over N k); E when all first choices fall on
+      one expert with certainty, which is E / k where all choices count. mesh-tf, Megatron and axlearn agree;
+      flaxformer's and MaxText's is k times it.
     - z: mean over tokens of logsumexp squared. importance, load: squared coefficients of variation.
     """
     out = {"z": sums["z"] / sums["tokens"]}

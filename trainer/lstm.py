@@ -49,7 +49,7 @@ def lstm_layer(s: Setting, lstm: Lstm, x_BSD: Array, first_BS: Array, p: dict[st
         given, first = now
         state, cell = (jnp.where(first[:, None], 0, v) for v in (state, cell))
         with s.scope("lstm.recurrent"):
-            gates = given + jnp.einsum("br,rc->bc", state, w["recurrent"])
+            gates = checkpoint_name(given + jnp.einsum("br,rc->bc", state, w["recurrent"]), "qkv")
         with s.scope("lstm.cell"):
             i, f, o, g = jnp.split(gates.astype(jnp.float32), 4, axis=-1)
             cell = jax.nn.sigmoid(f + 1) * cell + jax.nn.sigmoid(i) * jnp.tanh(g)
@@ -59,12 +59,10 @@ def lstm_layer(s: Setting, lstm: Lstm, x_BSD: Array, first_BS: Array, p: dict[st
                 out = jnp.einsum("bc,cr->br", out, w["projection"])
         return (out, cell), out
 
-    b = x_BSD.shape[0]
     start = (
         zeros_like(x_BSD[:, 0, :1].repeat(lstm.projection or lstm.cells, axis=-1)),
         zeros_like(x_BSD[:, 0, :1].repeat(lstm.cells, axis=-1), jnp.float32),
     )
-    assert start[0].shape[0] == b
     out_SBr = lax.scan(step, start, (given_BSc.swapaxes(0, 1), first_BS.swapaxes(0, 1)))[1]
     rate = s.job.training.learning.dropout
     return x_BSD + dropped(out_SBr.swapaxes(0, 1), rate, noise, 0)

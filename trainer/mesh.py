@@ -51,10 +51,28 @@ class Axes:
         return tuple(a for a in self.shard if a in self.copies)
 
 
+def _check_slices(job: Job, d: Degrees) -> None:
+    """QuestionError where the slices of a network would see different tokens, or would need each other's results."""
+    if d.tensor % d.expert_tensor:
+        raise QuestionError(
+            f"plan.expert_tensor = {d.expert_tensor}: must divide tensor {d.tensor}; the trainer slices experts over"
+            " ranks that hold the same tokens"
+        )
+    for stack in (job.model.encoder, job.model.decoder):
+        dense = stack.ffn.depth if stack is not None and stack.ffn is not None else 1
+        expert = stack.moe.expert.depth if stack is not None and stack.moe is not None else 1
+        if (dense > 1 and d.tensor > 1) or (expert > 1 and d.expert_tensor > 1):
+            raise QuestionError(
+                f"plan = tensor {d.tensor}, expert_tensor {d.expert_tensor}: the trainer does not split networks of"
+                f" {max(dense, expert)} hidden layers"
+            )
+
+
 def make_axes(job: Job, degrees: Degrees) -> Axes:
     """The axes for the plan; QuestionError where the degrees do not cut the device numbers into one mesh."""
     d = degrees
     inner = d.data * d.tensor
+    _check_slices(job, d)
     shard = d.tensor * d.shard if d.shard > 1 else inner
     cuts = {1, d.tensor, shard, d.expert_tensor, d.expert_tensor * d.expert, inner}
     chain = sorted(cuts)

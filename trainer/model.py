@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 
 from trainer.attention import attention_layer, attention_parameters, relative_bias, visible
 from trainer.layers import cross_entropy, embed, ffn_layer, ffn_parameters, gather_sequence, norm, norm_parameters
@@ -23,6 +22,7 @@ from trainer.moe import moe_layer, moe_parameters
 from trainer.parameters import Parameter, shard_axes, tree_map
 from trainer.remat import checkpointed
 from trainer.setting import Noise, Setting, varying
+from trainer.weights import gathered
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -132,28 +132,6 @@ def own_sequence(s: Setting, x_BS: Array) -> Array:
         return x_BS
     share = x_BS.shape[1] // s.axes.size(axes)
     return lax.dynamic_slice_in_dim(varying(x_BS, axes), lax.axis_index(axes) * share, share, 1)
-
-
-def gathered(s: Setting, abstract: Tree, params: Tree) -> Tree:
-    """Weights as a layer uses them: in the compute format, whole again where FSDP splits them.
-
-    The name `weights` lets no remat policy keep these copies for the backward pass: it makes them again.
-    """
-    whole = s.job.plan.shard == "parameters"
-
-    def one(path: Any, p: Parameter, w: Array) -> Array:
-        router = any(getattr(k, "key", None) == "router" for k in path)
-        if not router and p.trained:
-            w = w.astype(s.compute)
-        axes, at = shard_axes(p, s.axes), p.shard_dimension()
-        if whole and axes:
-            assert at is not None
-            name = "experts.parameters.all_gather" if p.expert else "parameters.all_gather"
-            with s.scope(name):
-                w = lax.all_gather(w, axes, axis=at, tiled=True)
-        return checkpoint_name(w, "weights")
-
-    return jax.tree_util.tree_map_with_path(one, abstract, params, is_leaf=lambda x: isinstance(x, Parameter))
 
 
 @dataclass(frozen=True)

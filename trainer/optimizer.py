@@ -109,8 +109,11 @@ def make_optimizer(job: Job, abstract: Tree) -> optax.GradientTransformation:
     return optax.chain(still, *parts, still)
 
 
-def frozen_parts(job: Job, abstract: Tree) -> Tree:
-    """True for every parameter that gets no update."""
+def frozen_parts(job: Job, abstract: Tree, *, biases: bool = False) -> Tree:
+    """True for every parameter that the optimiser does not move; with `biases`, of balance biases those that rest too.
+
+    A balance bias is none of the optimiser's, but the bias of a frozen router has to stay as well.
+    """
     start = job.training.learning.start
     names = start.freeze if start is not None else ()
 
@@ -118,6 +121,7 @@ def frozen_parts(job: Job, abstract: Tree) -> Tree:
         keys = [str(getattr(k, "key", "")) for k in path]
         sparse = p.expert or "router" in keys
         named = any(n in keys for n in names)
-        return not p.trained or named or ("experts" in names and sparse) or ("others" in names and not sparse)
+        kind = "experts" if sparse else "others"
+        return (not p.trained and not biases) or named or kind in names
 
     return jax.tree_util.tree_map_with_path(stays, abstract, is_leaf=is_parameter)

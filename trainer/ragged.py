@@ -16,9 +16,11 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from trainer.layers import ACTIVATIONS
-from trainer.setting import Setting, axes_of, varying
+from trainer.setting import Noise, Setting, axes_of, expert_dropout, varying
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from simulator.job.model import Moe
     from trainer.routing import Choices
 
@@ -26,8 +28,10 @@ Array = jax.Array
 Tree = dict[str, Any]
 
 
-def grouped_network(s: Setting, moe: Moe, rows_RD: Array, gate_R: Array, sizes_e: Array, p: Tree) -> Array:
-    """The experts' networks times the gates, on rows that are sorted by expert, `sizes_e` of them each."""
+def grouped_network(
+    s: Setting, moe: Moe, rows_RD: Array, gate_R: Array, sizes_e: Array, p: Tree, drop: Callable[[Array], Array] | None
+) -> Array:
+    """The experts' networks times the gates, on rows sorted by expert, `sizes_e` of them each; `drop` is dropout."""
     ffn, act = moe.expert, ACTIVATIONS[moe.expert.activation]
     w = {k: v.astype(s.compute) for k, v in p.items()}
     owner_R = jnp.repeat(jnp.arange(sizes_e.shape[0]), sizes_e, total_repeat_length=rows_RD.shape[0])
@@ -41,7 +45,9 @@ def grouped_network(s: Setting, moe: Moe, rows_RD: Array, gate_R: Array, sizes_e
         h = checkpoint_name(act(h) if gate is None else act(gate) * h, "expert_activation")
     for i in range(1, ffn.depth):
         with s.scope("moe.experts.hidden"):
-            h = checkpoint_name(act(lax.ragged_dot(h, w[f"hidden_{i}"], sizes_e)), "experts")
+            h = checkpoint_name(lax.ragged_dot(h, w[f"hidden_{i}"], sizes_e), "experts")
+            h = checkpoint_name(act(h), "expert_activation")
+    h = h if drop is None else drop(h)
     with s.scope("moe.experts.down"):
         out = checkpoint_name(lax.ragged_dot(h * gate_R[:, None], w["down"], sizes_e), "experts")
         if "down_bias" in w:
@@ -50,25 +56,38 @@ def grouped_network(s: Setting, moe: Moe, rows_RD: Array, gate_R: Array, sizes_e
     return out
 
 
-def ragged_experts(s: Setting, moe: Moe, x_GND: Array, choices: Choices, p: Tree) -> Array:
+def ragged_experts(
+    s: Setting, moe: Moe, x_GND: Array, choices: Choices, p: Tree, noise: Noise | None, token_GN: Array
+) -> Array:
     """y_GND of all choices, none dropped; a choice that is not made has a gate of zero."""
     groups, n, d = x_GND.shape
     k, t = moe.top_k, groups * n
     with s.scope("moe.dispatch"):
         expert_R = choices.expert_GNK.reshape(t * k)
-        order_R = jnp.argsort(expert_R, stable=True)
+        order_R = checkpoint_name(jnp.argsort(expert_R, stable=True), "router")
+        noise = noise if s.job.training.learning.expert_dropout else None
+        # Whose row it is travels with it where its dropout is drawn: token and choice.
+        number_R2 = jnp.stack([jnp.take(token_GN.reshape(t), order_R // k), order_R % k], axis=-1)
         rows_RD = checkpoint_name(jnp.take(x_GND.reshape(t, d), order_R // k, axis=0), "dispatch")
         gate_GNK = jnp.where(choices.made_GNK, choices.gate_GNK, 0).astype(s.compute)
         gate_R = varying(jnp.take(gate_GNK.reshape(t * k), order_R), s.axes.expert_tensor)
         sizes_E = (expert_R[:, None] == jnp.arange(moe.experts)).sum(0).astype(jnp.int32)
-    run = grouped_network if s.degrees.expert == 1 else _over_ranks
-    out_RD = run(s, moe, rows_RD, gate_R, sizes_E, p)
+    if s.degrees.expert == 1:
+        out_RD = grouped_network(s, moe, rows_RD, gate_R, sizes_E, p, _dropout(s, noise, number_R2))
+    else:
+        out_RD = _over_ranks(s, moe, rows_RD, gate_R, sizes_E, p, noise, number_R2)
     with s.scope("moe.combine"):
         back_TKD = jnp.take(out_RD, jnp.argsort(order_R), axis=0).reshape(groups, n, k, d)
         return back_TKD.sum(2)
 
 
-def _over_ranks(s: Setting, moe: Moe, rows_RD: Array, gate_R: Array, sizes_E: Array, p: Tree) -> Array:
+def _dropout(s: Setting, noise: Noise | None, number_R2: Array) -> Callable[[Array], Array] | None:
+    return None if noise is None else expert_dropout(s, noise, number_R2[:, 0], number_R2[:, 1])
+
+
+def _over_ranks(
+    s: Setting, moe: Moe, rows_RD: Array, gate_R: Array, sizes_E: Array, p: Tree, noise: Noise | None, number_R2: Array
+) -> Array:
     """Rows to the ranks of their experts and back; buffers hold the worst case, all choices that can be on one rank.
 
     An expert's rows arrive in one run per sending rank; they are sorted by expert before the products, so that each
@@ -86,7 +105,7 @@ def _over_ranks(s: Setting, moe: Moe, rows_RD: Array, gate_R: Array, sizes_E: Ar
         return checkpoint_name(lax.ragged_all_to_all(x, empty, *offsets, axis_name=axes), "dispatch")
 
     with s.scope("moe.dispatch_all_to_all"):
-        counts_PE = lax.all_gather(sizes_E, axes, axis=0)
+        counts_PE = checkpoint_name(lax.all_gather(sizes_E, axes, axis=0), "router")
         send_P = sizes_E.reshape(ranks, here).sum(-1)
         sent_PP = counts_PE.reshape(ranks, ranks, here).sum(-1)
         start_P = jnp.cumsum(send_P) - send_P
@@ -95,13 +114,15 @@ def _over_ranks(s: Setting, moe: Moe, rows_RD: Array, gate_R: Array, sizes_E: Ar
         receive_P = sent_PP[:, me]
         there = (start_P, send_P, before_PP[me], receive_P)
         got_RD, got_gate_R = exchange(rows_RD, most, *there), exchange(gate_R, most, *there)
+        number_R2 = exchange(number_R2, most, *there) if noise is not None else number_R2
     with s.scope("moe.dispatch"):
         mine_Pe = lax.dynamic_slice_in_dim(counts_PE, me * here, here, axis=1)
         owner = jnp.repeat(jnp.tile(jnp.arange(here), ranks), mine_Pe.reshape(-1), total_repeat_length=most)
         filled = jnp.arange(most) < mine_Pe.sum()
-        order = jnp.argsort(jnp.where(filled, owner, here), stable=True)
+        order = checkpoint_name(jnp.argsort(jnp.where(filled, owner, here), stable=True), "router")
         got_RD, got_gate_R = jnp.take(got_RD, order, axis=0), jnp.take(got_gate_R, order, axis=0)
-    out = grouped_network(s, moe, got_RD, got_gate_R, mine_Pe.sum(0), p)
+        drop = _dropout(s, noise, jnp.take(number_R2, order, axis=0) if noise is not None else number_R2)
+    out = grouped_network(s, moe, got_RD, got_gate_R, mine_Pe.sum(0), p, drop)
     with s.scope("moe.combine_all_to_all"):
         out = jnp.take(out, jnp.argsort(order), axis=0)
         back_start = jnp.cumsum(receive_P) - receive_P

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 if TYPE_CHECKING:
     from simulator.job.learning import RouterTraining
@@ -51,13 +52,13 @@ class Assignment:
 def largest(x: Array, k: int) -> Array:
     """Indices [..., k] of the k largest, the earlier of equal ones first; argmax in turn is quick for small k."""
     if k > 8:
-        return lax.top_k(x, k)[1]
+        return checkpoint_name(lax.top_k(x, k)[1], "router")
     picked = []
     for _ in range(k):
         at = jnp.argmax(x, axis=-1)
         picked.append(at)
         x = jnp.where(jax.nn.one_hot(at, x.shape[-1], dtype=bool), -jnp.inf, x)
-    return jnp.stack(picked, axis=-1)
+    return checkpoint_name(jnp.stack(picked, axis=-1), "router")
 
 
 def _take(x: Array, index: Array) -> Array:
@@ -194,7 +195,7 @@ def assign_slots(choices: Choices, experts: int, capacity: int, priority_GN: Arr
     taken = at < ends[..., None]
     found = jnp.take_along_axis(sorted_number, jnp.minimum(at, k * tokens - 1).reshape(groups, -1), axis=1)
     choice = jnp.where(taken, found.reshape(at.shape), tokens * k).astype(jnp.int32)
-    return Assignment(place_back, choice)
+    return Assignment(checkpoint_name(place_back, "router"), checkpoint_name(choice, "router"))
 
 
 def expert_choice(logits_GNE: Array, capacity: int) -> tuple[Array, Array]:
@@ -204,7 +205,7 @@ def expert_choice(logits_GNE: Array, capacity: int) -> tuple[Array, Array]:
     the same with capacity k N / E.
     """
     probabilities = jax.nn.softmax(logits_GNE, axis=-1)
-    token = lax.top_k(lax.stop_gradient(probabilities).swapaxes(1, 2), capacity)[1]
+    token = checkpoint_name(lax.top_k(lax.stop_gradient(probabilities).swapaxes(1, 2), capacity)[1], "router")
     gate = jnp.take_along_axis(probabilities.swapaxes(1, 2), token, axis=-1)
     return token.astype(jnp.int32), gate
 

@@ -12,7 +12,7 @@ from jax import lax
 from trainer.mesh import Axes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from contextlib import AbstractContextManager
 
     from simulator.job.job import Job
@@ -62,18 +62,26 @@ class Noise:
         """The noise of layer `index`."""
         return Noise(jax.random.fold_in(self.key, index), self.token_BS)
 
-    def uniform(self, name: int, shape: tuple[int, ...], token: Array | None = None) -> Array:
-        """Numbers in [0, 1), [tokens..., *shape]; `name` tells draws of one layer apart."""
-        return self._draw(name, token, lambda k: jax.random.uniform(k, shape))
+    def uniform(
+        self, name: int, shape: tuple[int, ...], token: Array | None = None, part: Array | None = None
+    ) -> Array:
+        """Numbers in [0, 1), [tokens..., *shape]; `name` tells draws of one layer apart, `part` those of one token."""
+        return self._draw(name, token, lambda k: jax.random.uniform(k, shape), part)
 
     def normal(self, name: int, shape: tuple[int, ...], token: Array | None = None) -> Array:
         """Standard normal numbers, [tokens..., *shape]."""
         return self._draw(name, token, lambda k: jax.random.normal(k, shape))
 
-    def _draw(self, name: int, token: Array | None, draw: Any) -> Array:
+    def _draw(self, name: int, token: Array | None, draw: Any, part: Array | None = None) -> Array:
         key = jax.random.fold_in(self.key, name)
         numbers = self.token_BS if token is None else token
-        flat = jax.vmap(lambda t: draw(jax.random.fold_in(key, t)))(numbers.reshape(-1))
+        parts = jnp.zeros_like(numbers) if part is None else part
+
+        def one(t: Array, i: Array) -> Array:
+            own = jax.random.fold_in(key, t)
+            return draw(own if part is None else jax.random.fold_in(own, i))
+
+        flat = jax.vmap(one)(numbers.reshape(-1), parts.reshape(-1))
         return flat.reshape(*numbers.shape, *flat.shape[1:])
 
 
@@ -83,6 +91,24 @@ def dropped(x: Array, rate: float, noise: Noise | None, name: int) -> Array:
         return x
     keep = noise.uniform(name, (x.shape[-1],)) >= rate
     return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
+
+
+def expert_dropout(s: Setting, noise: Noise, token: Array, part: Array) -> Callable[[Array], Array]:
+    """Dropout inside of experts, at their hidden layer (Switch Transformer, arXiv:2101.03961, section 4.1).
+
+    `token` and `part` number the rows [...] of hidden states [..., F]; slices of an expert drop their own part of F.
+    """
+    rate = s.job.training.learning.expert_dropout or 0.0
+    slices = s.axes.expert_tensor
+
+    def drop(h: Array) -> Array:
+        width = h.shape[-1] * s.axes.size(slices)
+        keep = noise.uniform(25, (width,), token, part) >= rate
+        if slices:
+            keep = lax.dynamic_slice_in_dim(keep, lax.axis_index(slices) * h.shape[-1], h.shape[-1], keep.ndim - 1)
+        return jnp.where(keep, h / (1 - rate), 0).astype(h.dtype)
+
+    return drop
 
 
 def axes_of(x: Array) -> frozenset[str]:
