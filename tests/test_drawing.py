@@ -103,6 +103,12 @@ def test_a_run_draws_its_network_with_the_load_of_folded_links() -> None:
     assert alone.timeline is not None and alone.timeline.network is None
 
 
+def test_where_nothing_is_sent_nothing_is_drawn() -> None:
+    job = {"model": "mixtral-8x7b", "cluster": {"chip": "h100-sxm", "nodes": 1, "chips_per_node": 1}}
+    result = forecast(load_job(job | {"batch": {"sequences": 1, "length": 4096}}))
+    assert result.timeline is not None and result.timeline.network is None
+
+
 def test_links_are_coloured_by_load() -> None:
     t = topology_of(resolve_cluster({"chip": "h100-sxm", "nodes": 2}))
     fig = network(drawn(t, 0))

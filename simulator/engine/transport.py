@@ -267,10 +267,14 @@ class Shared:
         )
 
     def drawing(self, step_s: float) -> Drawing | None:
-        """The network with the share of the step that its links are busy, folded ones as those that stand for them."""
+        """The network with the share of the step that its links are busy, folded ones as those that stand for them.
+
+        None where nobody sends anything.
+        """
+        if not self.kept.size:
+            return None
         busy = self.fluid.link_bytes() / (self.fluid.bandwidth * step_s)
-        topology = self.templates.topology
-        return draw(topology, np.where(self._class >= 0, busy[self._class], 0.0)) if topology.links else None
+        return draw(self.templates.topology, np.where(self._class >= 0, busy[self._class], 0.0))
 
 
 def _scaled(parts: tuple[Part, ...], factor: float) -> tuple[Part, ...]:
