@@ -240,10 +240,10 @@ def deepseek() -> Forecast:
 
 def test_page_shows_the_timeline(deepseek: Forecast) -> None:
     text = own_html((deepseek, dense()))
-    for name in ("timeline", "utilisation", "curve", "links", "path", "formula"):
+    for name in ("timeline", "utilisation", "curve", "network", "links", "path", "formula"):
         assert text.count(f'<div id="job1-{name}-figure" class="plotly-graph-div"') == 1, name
         assert f'id="job2-{name}-figure"' not in text
-    for said in ("Memory over time", "Busiest links", "Critical path", "What the formula missed"):
+    for said in ("Memory over time", "Links by the share of the step", "Critical path", "What the formula missed"):
         assert said in text
     for said in ("those of the first and last", "8 fullest of 16", "3.5 % of the draws", "+3.1 %", "leaf 0 to spine"):
         assert said in text, said

@@ -12,7 +12,7 @@ from coflows import GB, coflow, part, story
 from hw_profiles.loader import resolve_cluster
 from simulator.analysis.event_options import EventOptions
 from simulator.analysis.forecast import forecast
-from simulator.engine.load_patterns import load_patterns
+from simulator.engine.load_patterns import load_patterns, no_pattern
 from simulator.engine.loads import ExpertLoads, expert_loads
 from simulator.job.job import Job
 from simulator.job.load import job_from_mapping, load_job
@@ -113,10 +113,10 @@ def test_patterns_keep_the_load_and_the_busiest_rank(routing: dict[str, Any]) ->
 
 
 def test_even_routing_has_no_pattern_and_capacity_has_none() -> None:
-    assert load_patterns(drawn({"model": "even"})[2])(0, 0, 0) is None
+    assert load_patterns(drawn({"model": "even"})[2]) is no_pattern
     job = load_job(BASE | {"training": {"capacity": {"factor": 1.25, "basis": "assignments"}}})
     loads = expert_loads(job, resolve(job, resolve_cluster(job.cluster)), 1, 0)
-    assert load_patterns(loads)(0, 0, 0) is None
+    assert load_patterns(loads) is no_pattern
 
 
 def replayed(folder: Path, hot: list[float], **options: Any) -> Forecast:

@@ -215,7 +215,8 @@ def run_events(setup: Setup, transport: Callable[[Any], Any]) -> EventResult:
     names = tuple(
         f"stage {p}" + (f", group {g}" if setup.groups > 1 else "") for p in range(stages) for g in range(setup.groups)
     )
-    timeline = run.recorder.timeline(step, names, (setup.replicas,) * n, run.memory, engine.transport.links(step))
+    links, network = engine.transport.links(step), engine.transport.drawing(step)
+    timeline = run.recorder.timeline(step, names, (setup.replicas,) * n, run.memory, links, network)
     rows = timeline.kind == KINDS.index("all-to-all")
     exchanged = float((timeline.end_s[rows] - timeline.start_s[rows]).sum()) / n
     return EventResult(step, Parts(compute, a2a, other, host, imbalance, bubble), timeline, run, exchanged)

@@ -69,6 +69,10 @@ def load_patterns(loads: ExpertLoads, classes: int = CLASSES) -> Patterns:
             own = [LoadPattern(v) if v.max() > 1 + EVEN else None for v in stands_GC[g]]
             found[g, stage] = [own[c] for c in class_GM[g].tolist()]
 
+    if not any(p for own in found.values() for p in own):
+        # The network need not tell its links apart.
+        return no_pattern
+
     def pattern(group: int, stage: int, microbatch: int) -> LoadPattern | None:
         own = found.get((group, stage))
         return own[microbatch] if own else None

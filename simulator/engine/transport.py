@@ -19,13 +19,14 @@ from simulator.engine.setup import Setup
 from simulator.engine.work import Transfer
 from simulator.network.coflow import Coflow, Part
 from simulator.network.collectives import Network
+from simulator.network.drawing import draw
 from simulator.network.flight import TICK_S
 from simulator.network.fluid import Fluid
 from simulator.network.folding import fold, onto
 from simulator.network.graph_file import topology_from_file
 from simulator.network.templates import Templates, solo_seconds_over
 from simulator.network.transfers import FluidProcess
-from simulator.results.links import LinkUse
+from simulator.results.links import Drawing, LinkUse
 
 Array = NDArray[np.float64]
 
@@ -68,6 +69,11 @@ class Solo:
         del step_s
         return ()
 
+    def drawing(self, step_s: float) -> Drawing | None:
+        """Nor drawn."""
+        del step_s
+        return None
+
     def span(self, event: simpy.Event) -> tuple[float, float]:
         """When a transfer began to move and ended, seconds."""
         begin, end, _ = event.value  # type: ignore[misc]
@@ -108,10 +114,10 @@ class Shared:
         unit = [self._unit(*q) for q in asked]
         self._place: NDArray[np.int64] | None = None
         if slow_links:
-            self.kept = np.arange(topology.links)
+            self.kept = self._class = np.arange(topology.links)
         else:
             probes = [Coflow("probe", "all_to_all", parts) for parts in self._probes()]
-            folded, bandwidth, self.kept = fold([*unit, *probes], bandwidth)
+            folded, bandwidth, self.kept, self._class = fold([*unit, *probes], bandwidth)
             unit = folded[: len(unit)]
             self._place = np.full(topology.links, -1)
             self._place[self.kept] = np.arange(self.kept.size)
@@ -259,6 +265,16 @@ class Shared:
             for i in order.tolist()
             if carried[i] > 0
         )
+
+    def drawing(self, step_s: float) -> Drawing | None:
+        """The network with the share of the step that its links are busy, folded ones as those that stand for them.
+
+        None where nobody sends anything.
+        """
+        if not self.kept.size:
+            return None
+        busy = self.fluid.link_bytes() / (self.fluid.bandwidth * step_s)
+        return draw(self.templates.topology, np.where(self._class >= 0, busy[self._class], 0.0))
 
 
 def _scaled(parts: tuple[Part, ...], factor: float) -> tuple[Part, ...]:

@@ -21,10 +21,11 @@ Index = NDArray[np.int64]
 DIGITS = 10
 
 
-def fold(coflows: Sequence[Coflow], bandwidth: Array) -> tuple[list[Coflow], Array, Index]:
+def fold(coflows: Sequence[Coflow], bandwidth: Array) -> tuple[list[Coflow], Array, Index, Index]:
     """The same coflows over one link of every class of equal links; legend: L links, K classes.
 
-    Returns the coflows, the bandwidths (K; bytes/s) and the link that stands for each class (K). Two links are equal
+    Returns the coflows, the bandwidths (K; bytes/s), the link that stands for each class (K) and the class of each link
+    (L; -1 where nobody uses it). Two links are equal
     where they have the same bandwidth, and every part of every coflow the same bytes on both. Links that nobody uses
     are dropped. The results are new objects: fold once, and use them instead of the originals.
     """
@@ -51,7 +52,7 @@ def fold(coflows: Sequence[Coflow], bandwidth: Array) -> tuple[list[Coflow], Arr
     folded = []
     for coflow in coflows:
         folded.append(replace(coflow, parts=tuple(onto(p, place) for p in coflow.parts)))
-    return folded, bandwidth[kept], kept
+    return folded, bandwidth[kept], kept, np.where(used, place[kept_of[number]], -1)
 
 
 def onto(part: Part, place: Index) -> Part:
