@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from trainer.attention import attention_layer, attention_parameters, relative_bias, visible
+from trainer.attention import Sight, attention_layer, attention_parameters, relative_bias
 from trainer.layers import cross_entropy, embed, ffn_layer, ffn_parameters, gather_sequence, norm, norm_parameters
 from trainer.lstm import lstm_layer, lstm_parameters
 from trainer.moe import moe_layer, moe_parameters
@@ -151,20 +151,18 @@ def apply_layer(
     """One layer: the stream, and what its mixture of experts reports (None without one)."""
     sums = seen = None
     if layer.attention is not None:
-        a, seg, at = layer.attention, around.segments_BS, around.positions_BS
-        mask = visible(a, seg, seg, at, at, causal=layer.causal)
+        seg, at = around.segments_BS, around.positions_BS
+        sight = Sight(seg, seg, at, at, layer.causal)
         x = attention_layer(
-            s, a, x, p["attention"], positions=(at, at), mask_BST=mask, bias_HST=around.bias_HST, memory=None,
-            noise=noise,
-        )  # fmt: skip
+            s, layer.attention, x, p["attention"], sight=sight, bias_HST=around.bias_HST, memory=None, noise=noise
+        )
         if layer.cross_attention:
             keys, memory = around.memory_segments_BT, around.memory_BTD
             assert keys is not None and memory is not None
-            mask = (seg[:, :, None] == keys[:, None, :]) & (keys[:, None, :] > 0)
+            sight = Sight(seg, keys, at, at, causal=False)
             x = attention_layer(
-                s, a, x, p["cross_attention"], positions=(at, at), mask_BST=mask, bias_HST=None, memory=memory,
-                noise=noise,
-            )  # fmt: skip
+                s, layer.attention, x, p["cross_attention"], sight=sight, bias_HST=None, memory=memory, noise=noise
+            )
     if layer.lstm is not None:
         x = lstm_layer(s, layer.lstm, x, around.positions_BS == 0, p["lstm"], noise)
     if layer.ffn is not None:

@@ -29,7 +29,8 @@ MATMUL_DTYPE = {
 class Habits:
     """Number formats in bytes per element, and the choices that change FLOPs.
 
-    `attention`: dense keeps S x S scores in memory; flash and splash work in blocks of `attention_block` tokens.
+    `attention`: dense keeps S x S scores in memory; flash and splash work in blocks of `attention_block` tokens, and so
+    do blocks, whose scores pass through memory one block at a time; sequences of one block are dense.
     `attention_backward` is its FLOPs over the forward's. `quantises`: 8-bit recipes,
     whose inputs and gradients are cast by kernels of their own. `recompute_dead`: whether recomputation repeats results
     that the backward pass does not need (torch checkpoints do, XLA removes them). `gate_after_down`: gates multiply the
@@ -77,7 +78,10 @@ def habits_of(job: Job, chip_kind: str, *, accumulates: bool = False) -> Habits:
     stack, precision = job.software.stack, job.training.precision
     xla = stack in XLA_STACKS or (stack == "generic" and chip_kind != "gpu")
     own = stack == "moecast"
-    if stack in ("t5x", "mesh-tensorflow", "moecast") or job.model.family == "lstm":
+    if own and job.model.family != "lstm":
+        # Scores of 512 queries at a time, made again in the backward pass; shorter sequences whole (core_attention).
+        attention, block, backward = "blocks", 512, 2.5
+    elif stack in ("t5x", "mesh-tensorflow") or job.model.family == "lstm":
         attention, block, backward = "dense", 1, 2.0
     elif chip_kind == "tpu":
         attention, block, backward = "splash", 512, 3.5
