@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from hw_profiles.errors import QuestionError
+from hw_profiles.errors import QuestionError, WorkFailed
+from moecast.train import register
 
 if TYPE_CHECKING:
     from hw_profiles.schema import Chip
@@ -334,6 +335,9 @@ def schema(as_json: Json = True) -> None:
     _print_json(job_schema())
 
 
+register(app)
+
+
 def _complain(text: str) -> None:
     """`text` as one printable line on standard error."""
     line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(text.split()))
@@ -367,6 +371,10 @@ def main() -> None:
     except QuestionError as error:
         _complain(str(error))
         raise SystemExit(2) from None
+    except WorkFailed as error:
+        _let_go()
+        _complain(str(error))
+        raise SystemExit(FAILED) from None
     except KeyboardInterrupt:
         raise SystemExit(INTERRUPTED) from None
     except BrokenPipeError:
