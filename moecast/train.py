@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from hw_profiles.cluster import Cluster
     from simulator.job.job import Job
     from trainer.processes import Address
-    from trainer.run import Result
+    from trainer.report import Result
 
 # Set in a worker: the process that started it and waits for it.
 WORKER = "MOECAST_WORKER_OF"
@@ -63,12 +63,13 @@ def train(
             asked = asked.model_copy(update={"cluster": {"chip": "cpu-host", "devices": devices}})
             cluster = resolve_cluster(asked.cluster)
         address = _address(coordinator, process, processes)
-        count = processes or 1
+        launched = _launched(cluster)
+        count = processes or launched
         if cluster.chip.kind == "cpu":
             resolve(asked, cluster)
             if cluster.devices % count:
                 raise QuestionError(f"--processes {count}: must divide the {cluster.devices} devices")
-    if (address is not None or _launched(cluster)) and WORKER not in os.environ:
+    if (address is not None or launched > 1) and WORKER not in os.environ:
         raise typer.Exit(_supervise())
     _prepare(cluster, cluster.devices // count)
     target = out or job.parent / "runs" / asked.name
@@ -94,12 +95,11 @@ def _address(coordinator: str | None, process: int | None, processes: int | None
     return parse_address(coordinator)
 
 
-def _launched(cluster: Cluster) -> bool:
-    """Whether a launcher has started several of us: SLURM steps and Open MPI say so; a TPU pod has several hosts."""
-    tasks = [os.environ.get(name, "1") for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")]
-    return any(n.isdecimal() and int(n) > 1 for n in tasks) or (
-        cluster.chip.kind == "tpu" and len(os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")) > 1
-    )
+def _launched(cluster: Cluster) -> int:
+    """How many of us a launcher has started: SLURM steps and Open MPI say so; a TPU pod has several hosts."""
+    told = [os.environ.get(name, "") for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")]
+    hosts = len(os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")) if cluster.chip.kind == "tpu" else 1
+    return max(hosts, *(int(n) for n in told if n.isdecimal()), 1)
 
 
 def _prepare(cluster: Cluster, local: int) -> None:

@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from reports import units
-from trainer.run import Progress
+from trainer.report import Progress
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from trainer.data import Entropies
-    from trainer.run import Result
+    from trainer.report import Result
 
 
 class TrainProgress(Progress):
@@ -22,6 +22,7 @@ class TrainProgress(Progress):
     def __init__(self, log_every: int) -> None:
         self._every = log_every
         self._total = 0
+        self._step_s: float | None = None
         self._bar: Any = None
         self._task: Any = None
 
@@ -47,7 +48,10 @@ class TrainProgress(Progress):
         self._bar.start()
 
     def step(self, record: Mapping[str, Any]) -> None:
-        """Show a step."""
+        """Show a step, with the speed of the last ones: single steps are looked at in pairs."""
+        seconds = record["seconds"]
+        self._step_s = seconds if self._step_s is None or record["step"] < 3 else 0.9 * self._step_s + 0.1 * seconds
+        record = {**record, "tokens_per_s": record["tokens_per_s"] * seconds / self._step_s}
         if self._bar is not None:
             self._bar.update(self._task, completed=record["step"], description=words(record, " "))
         elif record["step"] % self._every == 0 or record["step"] in (1, self._total) or "held_out_nats" in record:

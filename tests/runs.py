@@ -47,11 +47,11 @@ def write_tiny(folder: Path) -> Path:
     return path
 
 
-def start(job: Path, *arguments: object, cache: Path) -> subprocess.Popen[str]:
+def start(job: Path, *arguments: object, cache: Path, optimised: bool = False) -> subprocess.Popen[str]:
     """`moecast train JOB ARGUMENTS` in a process; compiled programs are kept in `cache`."""
     environment = os.environ | {
         # The least optimised programs compile four times as fast.
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "XLA_FLAGS": "" if optimised else "--xla_backend_optimization_level=0",
         "JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "PYTHONPATH": str(Path(__file__).parents[1]),
     }  # fmt: skip
@@ -68,9 +68,9 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
     return process.returncode, out, error
 
 
-def train(job: Path, *arguments: object, cache: Path) -> tuple[int, str, str]:
+def train(job: Path, *arguments: object, cache: Path, optimised: bool = False) -> tuple[int, str, str]:
     """`moecast train JOB ARGUMENTS` to its end."""
-    return finish(start(job, *arguments, cache=cache))
+    return finish(start(job, *arguments, cache=cache, optimised=optimised))
 
 
 def losses(out: Path) -> list[tuple[int, float, float]]:

@@ -28,7 +28,8 @@ from trainer.checkpoint import MANIFEST, Damaged, newest_good, restore_parameter
 from trainer.folder import check_folder, claimed, first_difference
 from trainer.metrics import MetricsFile, read_lines
 from trainer.processes import Watch, parse_address
-from trainer.run import Progress, Result, run
+from trainer.report import Progress, Result
+from trainer.run import run
 from trainer.step import Trainer
 from trainer.telemetry import LayerSeen, Telemetry, imbalance, layer_numbers
 

@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import signal
-import statistics
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +29,7 @@ from trainer.data.corpus import inside
 from trainer.folder import check_folder, claimed
 from trainer.metrics import MetricsFile, not_finite, read_lines, step_record
 from trainer.processes import StopSignal, Watch, agree, short
+from trainer.report import LAST_STEPS, Progress, Result, summarised
 from trainer.step import State, Trainer
 from trainer.telemetry import Telemetry, layer_numbers, seen_layers, summary
 
@@ -41,52 +40,6 @@ if TYPE_CHECKING:
 
 # A step may take as long as the longest so far times this, and never less than a time in which any should end.
 PATIENCE, STEP_S, COMPILE_S = 30.0, 900.0, 7200.0
-# The loss that a run ends with is the mean of its last steps.
-LAST_STEPS = 10
-
-
-class Progress:
-    """What a run tells while it goes; this one keeps silent."""
-
-    def begin(self, done: int, total: int, entropies: Entropies) -> None:
-        """All is read and compiled; `done` of `total` steps were done before."""
-
-    def step(self, record: Mapping[str, Any]) -> None:
-        """A step's line of metrics."""
-
-    def say(self, text: str) -> None:
-        """Something to know, in a line."""
-
-
-@dataclass(frozen=True)
-class Result:
-    """What came of a run: losses in nats per target, as means over the last steps; times are this process's."""
-
-    job: str
-    hash: str
-    out: str
-    steps: int
-    resumed_from: int | None
-    checkpoint: int | None
-    nats: float
-    held_out_nats: float | None
-    unigram_nats: float
-    bigram_nats: float
-    dropped: float | None
-    balance: float | None
-    load: float | None
-    rank_load: float | None
-    tokens_per_s: float | None
-    step_s: float | None
-    compile_s: float
-    devices: int
-    platform: str
-    processes: int
-    notes: list[str] = field(default_factory=list)
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain values, for JSON."""
-        return asdict(self)
 
 
 def run(
@@ -378,25 +331,10 @@ class _Run:
                 self.telemetry.publish()
 
     def _result(self, done: int, found: Manifest | None, entropies: Entropies) -> Result:
-        last = self.records[-LAST_STEPS:]
-        # The first step of this process waits for memory and threads; it says little.
-        times = [r["seconds"] for r in self.records[1:]] or [r["seconds"] for r in self.records]
-        step_s = statistics.median(times) if times else None
-
-        def mean(name: str) -> float | None:
-            values = [r[name] for r in last if name in r]
-            return statistics.fmean(values) if values else None
-
-        held_out = [r["held_out_nats"] for r in self.records if "held_out_nats" in r]
-        balance = [r["router"]["balance"] for r in last if "balance" in r["router"]]
         return Result(
             job=self.job.name, hash=self.job.hash, out=str(self.out), steps=done,
             resumed_from=found.step if found else None, checkpoint=self.checkpoints.last_good,
-            nats=mean("nats") or 0.0, held_out_nats=held_out[-1] if held_out else None,
-            unigram_nats=entropies.unigram_nats, bigram_nats=entropies.bigram_nats,
-            dropped=mean("dropped"), balance=statistics.fmean(balance) if balance else None, load=mean("load"),
-            rank_load=mean("rank_load"), tokens_per_s=self.job.tokens_per_step / step_s if step_s else None,
-            step_s=step_s,
-            compile_s=self.compile_s, devices=self.trainer.mesh.size, platform=self.trainer.platform,
-            processes=jax.process_count(), notes=self.notes,
+            unigram_nats=entropies.unigram_nats, bigram_nats=entropies.bigram_nats, compile_s=self.compile_s,
+            devices=self.trainer.mesh.size, platform=self.trainer.platform, processes=jax.process_count(),
+            notes=self.notes, **summarised(self.records),
         )  # fmt: skip
