@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from hw_profiles.errors import QuestionError
-from moecast import programs
+from hw_profiles.errors import QuestionError, WorkFailed
+from moecast import programs, train
 from moecast.progress import FAILED, INTERRUPTED, NO, busy
 
 if TYPE_CHECKING:
@@ -324,6 +324,7 @@ def schema(as_json: Json = True) -> None:
 
 
 programs.register(app)
+train.register(app)
 
 
 def _complain(text: str) -> None:
@@ -359,6 +360,10 @@ def main() -> None:
     except QuestionError as error:
         _complain(str(error))
         raise SystemExit(2) from None
+    except WorkFailed as error:
+        _let_go()
+        _complain(str(error))
+        raise SystemExit(FAILED) from None
     except KeyboardInterrupt:
         raise SystemExit(INTERRUPTED) from None
     except BrokenPipeError:

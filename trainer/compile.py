@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 from hw_profiles.errors import QuestionError
 from simulator.job.rules import Degrees
 from trainer.hlo import CompiledProgram, compile_lowered, read_program
-from trainer.refuse import check_runnable
 from trainer.targets import Target, TargetError
 
 if TYPE_CHECKING:
@@ -24,7 +23,6 @@ def compile_step(job: Job, degrees: Degrees, target: Target) -> tuple[CompiledPr
 
     if degrees.devices != target.devices:
         raise QuestionError(f"--target {target.name}: has {target.devices} devices; the plan makes {degrees.devices}")
-    check_runnable(job, degrees, target.platform)
     trainer = Trainer.of(job, degrees, target.jax_devices())
     lowered = trainer.step.lower(trainer.state_shapes(), trainer.batch_shapes())
     try:
