@@ -172,7 +172,7 @@ class Trainer:
         still = frozen_parts(self.job, self.abstract, biases=True)
         params = _move_biases(still, params, counts, how.bias_update)
         params = lax.with_sharding_constraint(params, self.place(self.parameter_specs))
-        metrics["gradient_norm"] = optax.global_norm(gradients)
+        metrics["gradient_norm"] = optax.tree.norm(gradients)
         metrics["learning_rate"] = schedule_of(self.job.training.learning.learning_rate)(state.step)
         return State(state.step + 1, params, optimizer), metrics
 
