@@ -124,7 +124,8 @@ def _run(
 ) -> Result | None:
     """The run in this process; what process 0 shows of it."""
     from hw_profiles.errors import Interrupted, QuestionError, WorkFailed
-    from moecast.cli import INTERRUPTED, _complain, _naming
+    from moecast.cli import _complain, _naming
+    from moecast.progress import INTERRUPTED
 
     try:
         import jax
@@ -191,7 +192,8 @@ def _as_worker(
 ) -> Result | None:  # fmt: skip
     """The run as one of several processes, which never waits at its end for one that has died."""
     from hw_profiles.errors import QuestionError, WorkFailed
-    from moecast.cli import FAILED, INTERRUPTED, _complain
+    from moecast.cli import _complain
+    from moecast.progress import FAILED, INTERRUPTED
     from trainer import processes
 
     # gloo greets on standard output, which is for the result.
@@ -230,7 +232,8 @@ def _supervise() -> int:
 
     When another process of the run dies, JAX may end this one's worker with a signal; only its parent can still say so.
     """
-    from moecast.cli import FAILED, _complain
+    from moecast.cli import _complain
+    from moecast.progress import FAILED
 
     environment = os.environ | {WORKER: str(os.getpid())}
     # In a session of its own, so that Ctrl-C reaches it once, from here.

@@ -89,8 +89,8 @@ def finish(sums: Sums, how: RouterTraining) -> dict[str, Array]:
     """The losses of one layer (or of L, along leading axes) from sums over all devices, before their coefficients.
 
     - balance: E sum_e f_e P_e, 1 at perfect balance whatever k (f counts over N k); E when all first choices fall on
-      one expert with certainty, which is E / k where all choices count. mesh-tf, Megatron and axlearn agree;
-      flaxformer's and MaxText's is k times it.
+      one expert with certainty, E / k where all choices count. mesh-tf, Megatron and axlearn agree; flaxformer's
+      and MaxText's is k times it.
     - z: mean over tokens of logsumexp squared. importance, load: squared coefficients of variation.
     """
     out = {"z": sums["z"] / sums["tokens"]}
