@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 # Set in a worker: the process that started it and waits for it.
 WORKER = "MOECAST_WORKER_OF"
 PLATFORMS = {"cpu": ("cpu",), "tpu": ("tpu",), "gpu": ("gpu", "cuda", "rocm")}
-# In-process collectives end the process when a device is late; on shared cores it may be minutes late.
-LATE_S = 600
+# In-process collectives end the process when a device is late. On shared cores it may be minutes late, and the run's
+# own bound on a step (900 s) comes first, with a line that says what was waited for.
+LATE_S = 1200
 
 
 def train(

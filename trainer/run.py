@@ -1,6 +1,7 @@
 """A run of a job: batches in, steps, evaluation, checkpoints, telemetry and metrics out, until done, stopped or failed.
 
-Steps are dispatched ahead: the metrics of step n are looked at while step n + 1 runs. A state is written only when its
+Steps are dispatched ahead: the metrics of step n are looked at while step n + 1 runs (but on several CPU devices, which
+share threads). A state is written only when its
 losses, its gradient norm and every number in it are finite.
 
 Letters: B sequences of the global batch.
@@ -132,6 +133,9 @@ class _Run:
         self.telemetry: Telemetry | None = None
         self.longest_s = self.compile_s = 0.0
         self.last_time = time.monotonic()
+        # The devices of one CPU share its threads: two programs at once, both waiting for each other's collectives, may
+        # take all of them.
+        self.in_turn = trainer.platform == "cpu" and trainer.mesh.size > 1
         whole = NamedSharding(trainer.mesh, PartitionSpec())
         self.finite = jax.jit(all_finite, out_shardings=whole)
 
@@ -236,6 +240,9 @@ class _Run:
             if pending is not None:
                 self._write(self._fetched(*pending))
             pending = (done, metrics)
+            if self.in_turn:
+                with _working(f"step {done}"), self.watch.waiting(f"step {done} to end", self._patience()):
+                    jax.block_until_ready((state, metrics))
             self.checkpoints.check()
             stopping, last = self.stop.due(done), done == self.total
             evaluate = every.evaluate_every is not None and (last or done % every.evaluate_every == 0)
