@@ -181,7 +181,7 @@ def _period(
         def layer(x: Array, weights: Any, own: Noise | None) -> Any:
             return apply_layer(s, segment.period[i], x, gathered(s, single[i], weights), around, own)
 
-        return checkpointed(s, layer)
+        return checkpointed(s, layer, scanned=segment.count > 1)
 
     def run(x: Array, now: Any) -> tuple[Array, list[Any]]:
         weights, number = now

@@ -43,9 +43,12 @@ def policy_of(remat: str | RematPolicy) -> Callable[..., Any]:
     return policies.save_any_names_but_these(WEIGHTS, *remat.recompute)
 
 
-def checkpointed(s: Setting, layer: Callable[..., Any]) -> Callable[..., Any]:
-    """`layer` under the job's policy."""
+def checkpointed(s: Setting, layer: Callable[..., Any], *, scanned: bool) -> Callable[..., Any]:
+    """`layer` under the job's policy; outside of a scan it needs a barrier, or XLA joins what is remade with the first.
+
+    XLA:CPU drops barriers: there a layer that is not scanned over is computed once, whatever the policy.
+    """
     if not s.train:
         return layer
-    wrapped: Callable[..., Any] = jax.checkpoint(layer, policy=policy_of(s.job.training.remat), prevent_cse=False)
+    wrapped: Callable[..., Any] = jax.checkpoint(layer, policy=policy_of(s.job.training.remat), prevent_cse=not scanned)
     return wrapped
