@@ -1,4 +1,4 @@
-"""Our own train step as XLA compiles it for TPUs that are not there, beside the forecast: python benchmarks/compile_tpu.py
+"""Our own train step as XLA compiles it for TPUs that are not there, beside the forecast (compile_tpu.py --help).
 
 Needs the extra `tpu` (libtpu), 1 to 3 minutes a job on two cores. Prints executed FLOPs, bytes of every kind of
 collective, arguments and peak memory, and the worst errors; names choose jobs (`compile_tpu.py v5p`).

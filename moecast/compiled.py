@@ -131,7 +131,14 @@ def _by_op(forecast: Forecast, program: CompiledProgram) -> list[str]:
             got[one.asked, _plain(one.scopes[0])] += one.total_bytes
     whole = sum(program.bytes_by_kind(asked=True).values()) or 1
     named = {kind: sum(v for (k, _), v in got.items() if k == kind) for kind, _ in got}
+    totals: dict[str, float] = defaultdict(float)
+    for (kind, _), size in sent.items():
+        totals[kind] += size
     for kind, scope in sorted(set(sent) | set(got)):
+        # Names of one collective may differ (a gather's gradient is a reduce-scatter): scopes tell where kinds differ.
+        there = program.bytes_by_kind(asked=True).get(kind, 0)
+        if abs(totals[kind] - there) <= 0.01 * there:
+            continue
         complete = named.get(kind, 0.0) >= 0.999 * program.bytes_by_kind(asked=True).get(kind, 0)
         gap = sent[kind, scope] - got[kind, scope]
         if complete and abs(gap) > TELLING * whole:
