@@ -218,7 +218,8 @@ def _shared(s: Setting, moe: Moe, h_BSD: Array, p: Tree) -> Array:
     with s.scope("moe.shared.tensor_reduce"):
         h = gather_sequence(s, h_BSD)
     ffn = moe.expert.model_copy(update={"hidden": moe.shared_hidden})
-    y = network(s, h, p["shared"], ffn, "moe.shared", ("shared_expert", "shared_expert"))
+    y_TD = network(s, h.reshape(-1, h.shape[-1]), p["shared"], ffn, "moe.shared", ("shared_expert", "shared_expert"))
+    y = y_TD.reshape(h.shape)
     with s.scope("moe.shared.tensor_reduce"):
         y = checkpoint_name(sum_tensor(s, y, s.axes.tensor), "shared_expert")
     if "down_bias" in p["shared"]:
