@@ -40,7 +40,7 @@ class Ports:
 
     def part(
         self,
-        t: Topology,
+        links: int,
         layout: SwitchedLayout,
         up_scale: float = 1.0,
         nic_scale: float = 1.0,
@@ -50,7 +50,7 @@ class Ports:
         dense = []
         for i in range(2):
             up, nic = (up_scale, nic_scale) if i == 0 else (1.0, 1 / merged)
-            out = np.zeros(t.links)
+            out = np.zeros(links)
             if layout.up_out.size:
                 out[layout.up_out], out[layout.up_in] = up * self.up_out[i], up * self.up_in[i]
             if self.mesh:
@@ -75,9 +75,9 @@ def _above(layout: SwitchedLayout, level: str, ports: Array, out: Array, leaf_li
         out[core_links] = (sums(layout.pod, by_leaf, pods) / (spines * cores))[:, None, None]
 
 
-def empty_ports(t: Topology, level: str) -> Ports:
+def empty_ports(layout: SwitchedLayout, level: str) -> Ports:
     """Ports that nothing crosses."""
-    shape = (2, t.devices)
+    shape = (2, layout.devices)
     return Ports(level, np.zeros(shape), np.zeros(shape), np.zeros(shape), np.zeros(shape))
 
 
@@ -85,14 +85,12 @@ def of_flows(
     t: Topology, layout: SwitchedLayout, source: Index, target: Index, amount: Array, rail: str
 ) -> tuple[Part, ...]:
     """Parts of flows (Z) between different devices."""
-    return tuple(p.part(t, layout) for p in flow_ports(t, layout, source, target, amount, rail))
+    return tuple(p.part(t.links, layout) for p in flow_ports(layout, source, target, amount, rail))
 
 
-def flow_ports(
-    t: Topology, layout: SwitchedLayout, source: Index, target: Index, amount: Array, rail: str
-) -> list[Ports]:
+def flow_ports(layout: SwitchedLayout, source: Index, target: Index, amount: Array, rail: str) -> list[Ports]:
     """Ports of flows (Z), level by level."""
-    m, rails, n = layout.domain, layout.rails, t.devices
+    m, rails, n = layout.domain, layout.rails, layout.devices
     inside = source // m == target // m
     # Links between pairs have no port to forward through: what changes the rail there goes through the spines.
     rail = rail if layout.up_out.size else "direct"
@@ -111,7 +109,7 @@ def flow_ports(
     for level, mask in ((layout.up_name, inside), *((name, ~inside & (tier == i)) for i, name in enumerate(TIERS))):
         if not mask.any():
             continue
-        ports = empty_ports(t, level)
+        ports = empty_ports(layout, level)
         ports.largest = float(amount[mask].max())
         s, d, a, b = source[mask], target[mask], first[mask], last[mask]
         for i, weight in enumerate((amount[mask], np.ones(int(mask.sum())))):
@@ -140,12 +138,10 @@ def of_product(
     t: Topology, layout: SwitchedLayout, rows: Array, columns: Array, group: Index, rail: str
 ) -> tuple[Part, ...]:
     """Parts where i sends rows[i] * columns[j] to every other j of its group (D each)."""
-    return tuple(p.part(t, layout) for p in product_ports(t, layout, rows, columns, group, rail))
+    return tuple(p.part(t.links, layout) for p in product_ports(layout, rows, columns, group, rail))
 
 
-def product_ports(
-    t: Topology, layout: SwitchedLayout, rows: Array, columns: Array, group: Index, rail: str
-) -> list[Ports]:
+def product_ports(layout: SwitchedLayout, rows: Array, columns: Array, group: Index, rail: str) -> list[Ports]:
     """Ports where i sends rows[i] * columns[j] to every other j of its group (D each), level by level."""
     member = np.flatnonzero((group >= 0) & ((rows > 0) | (columns > 0)))
     if not member.size:
@@ -154,26 +150,26 @@ def product_ports(
     everyone, _ = compact(group[member])
     node, _ = compact(everyone, member // layout.domain)
     found = []
-    inner = _inside(t, layout, member, r, c, node)
+    inner = _inside(layout, member, r, c, node)
     if inner.largest:
         found.append(inner)
     if layout.leaf.size:
         rail = rail if layout.up_out.size else "direct"
         if rail == "direct":
-            found += _direct(t, layout, member, r, c, everyone, node)
+            found += _direct(layout, member, r, c, everyone, node)
         elif rail == "pxn":
-            found += _rails(t, layout, member, r, c, everyone, node)
+            found += _rails(layout, member, r, c, everyone, node)
         else:
             # Forwarding at the destination is forwarding at the source, with all traffic reversed.
-            for p in _rails(t, layout, member, c, r, everyone, node):
+            for p in _rails(layout, member, c, r, everyone, node):
                 p.up_out, p.up_in, p.nic_out, p.nic_in = p.up_in, p.up_out, p.nic_in, p.nic_out
                 found.append(p)
     return found
 
 
-def _inside(t: Topology, layout: SwitchedLayout, member: Index, r: Array, c: Array, node: Index) -> Ports:
+def _inside(layout: SwitchedLayout, member: Index, r: Array, c: Array, node: Index) -> Ports:
     """Traffic within domains."""
-    ports = empty_ports(t, layout.up_name)
+    ports = empty_ports(layout, layout.up_name)
     ports.largest = largest_product(r, c, node, member)
     if not ports.largest:
         return ports
@@ -187,20 +183,18 @@ def _inside(t: Topology, layout: SwitchedLayout, member: Index, r: Array, c: Arr
     a, b = pairs_within(node, node)
     pair = member[a] * m + member[b] % m
     for x, y in weights:
-        matrix = sums(pair, x[a] * y[b], t.devices * m).reshape(-1, m * m)
+        matrix = sums(pair, x[a] * y[b], layout.devices * m).reshape(-1, m * m)
         ports.mesh.append(matrix @ layout.mesh_share)
     return ports
 
 
-def _direct(
-    t: Topology, layout: SwitchedLayout, member: Index, r: Array, c: Array, everyone: Index, node: Index
-) -> list[Ports]:
+def _direct(layout: SwitchedLayout, member: Index, r: Array, c: Array, everyone: Index, node: Index) -> list[Ports]:
     """Traffic between domains, each flow from card to card."""
     leaf = layout.leaf[member]
     on_leaf, _ = compact(everyone, leaf)
     in_pod, _ = compact(everyone, layout.pod[leaf])
     beside, _ = compact(node, leaf)
-    ports = [empty_ports(t, level) for level in TIERS]
+    ports = [empty_ports(layout, level) for level in TIERS]
     for i, (x, y) in enumerate(((r, c), (np.sign(r), np.sign(c)))):
         for mine, other, side in ((x, y, "nic_out"), (y, x, "nic_in")):
             near, own, pod, whole, mates = (sums(k, other)[k] for k in (on_leaf, node, in_pod, everyone, beside))
@@ -212,11 +206,9 @@ def _direct(
     return _cleaned(ports)
 
 
-def _rails(
-    t: Topology, layout: SwitchedLayout, member: Index, r: Array, c: Array, everyone: Index, node: Index
-) -> list[Ports]:
+def _rails(layout: SwitchedLayout, member: Index, r: Array, c: Array, everyone: Index, node: Index) -> list[Ports]:
     """Traffic between domains, over NVLink to the own host's device on the destination's rail, then along that rail."""
-    n, rails = t.devices, layout.rails
+    n, rails = layout.devices, layout.rails
     rail, host = member % rails, member // rails
     leaf = layout.leaf[member]
     unit, units = compact(everyone, leaf // rails)
@@ -227,7 +219,7 @@ def _rails(
     of_host = np.zeros(hosts, dtype=np.int64)
     of_host[at_host] = np.arange(member.size)
     proxy = (host[of_host] * rails)[:, None] + np.arange(rails)
-    ports = [empty_ports(t, level) for level in TIERS]
+    ports = [empty_ports(layout, level) for level in TIERS]
     for i, (x, y) in enumerate(((r, c), (np.sign(r), np.sign(c)))):
         wanted = [
             sums(key * rails + rail, y, count * rails).reshape(count, rails)[key[of_host]]
