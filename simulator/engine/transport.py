@@ -23,6 +23,7 @@ from simulator.network.drawing import draw
 from simulator.network.flight import TICK_S
 from simulator.network.fluid import Fluid
 from simulator.network.folding import fold, onto
+from simulator.network.geometry import joined_links
 from simulator.network.graph_file import topology_from_file
 from simulator.network.templates import Templates, solo_seconds_over
 from simulator.network.transfers import FluidProcess
@@ -112,11 +113,12 @@ class Shared:
             bandwidth[found] *= factor
         asked = sorted({self._question(t, p, g) for p, g, t in self._all()})
         unit = [self._unit(*q) for q in asked]
+        probes = [Coflow("probe", "all_to_all", parts) for parts in self._probes()]
         self._place: NDArray[np.int64] | None = None
         if slow_links:
             self.kept = self._class = np.arange(topology.links)
+            folded = [*unit, *probes]
         else:
-            probes = [Coflow("probe", "all_to_all", parts) for parts in self._probes()]
             folded, bandwidth, self.kept, self._class = fold([*unit, *probes], bandwidth)
             unit = folded[: len(unit)]
             self._place = np.full(topology.links, -1)
@@ -125,7 +127,7 @@ class Shared:
         self._ready: dict[tuple[Transfer, int, int, LoadPattern | None, bool], Coflow] = {}
         self._uneven: dict[tuple[object, ...], tuple[Part, ...]] = {}
         self._last: dict[tuple[int, int], simpy.Event] = {}
-        self.fluid = Fluid(bandwidth)
+        self.fluid = Fluid(bandwidth, regions=joined_links(folded, bandwidth.size))
         self.process = FluidProcess(env, self.fluid)
 
     def _all(self) -> Iterator[tuple[int, int, Transfer]]:
@@ -198,7 +200,7 @@ class Shared:
 
     def _start(self, t: Transfer, stage: int, group: int, pattern: LoadPattern) -> simpy.Event:
         coflow = self._coflow(t, stage, group, pattern, fine=False)
-        if self.fluid.contends(coflow):
+        if self.process.contends(coflow):
             coflow = self._coflow(t, stage, group, pattern, fine=True)
         return self.process.transfer(coflow)
 
