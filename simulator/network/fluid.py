@@ -13,6 +13,7 @@ for as long as nobody comes: its whole course is a function of its start. Who co
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from heapq import heappop, heappush
 from itertools import count
 from math import inf
@@ -27,9 +28,9 @@ from simulator.network.flight import TICK_S, Blocked, Flight, ticks
 from simulator.network.geometry import Geometry
 from simulator.network.regions import Alone, Component, Region, Running
 
-# Beyond so many remembered rates, or uses of links by remembered templates (about 100 MB), memory is made anew.
+# Beyond so many remembered rates, or uses of links by remembered templates (about 400 MB), memory is made anew.
 KEPT_RATES = 1 << 16
-KEPT_USES = 1 << 22
+KEPT_USES = 1 << 24
 
 
 class Fluid:
@@ -255,6 +256,32 @@ class Fluid:
             mask & item.template.mask for item in self._loose if item.template.region == number
         )
 
+    def prepare(self, coflows: Sequence[Coflow]) -> None:
+        """Solve the rates that each of these will have alone in its phases: many at once cost less than one by one."""
+        wanted: dict[int, list[list[Template]]] = {}
+        for coflow in coflows:
+            self._learn(coflow)
+            first = 0
+            for size in coflow.phase_sizes():
+                mine = [t for t in (self._templates[p] for p in coflow.parts[first : first + size]) if t.mask]
+                first += size
+                if len(mine) > 1 and len({t.region for t in mine}) == 1 and _is_joined([t.mask for t in mine]):
+                    wanted.setdefault(mine[0].region, []).append(sorted(mine, key=lambda t: t.serial))
+        for number, sets in wanted.items():
+            fresh = {tuple(t.serial for t in s): s for s in sets}
+            fresh = {key: s for key, s in fresh.items() if key not in self._rates}
+            if not fresh or not self._remember:
+                continue
+            problems = [i for i, s in enumerate(fresh.values()) for _ in s]
+            together = [t for s in fresh.values() for t in s]
+            rates, bound_by = solve(together, self._geometry.bandwidth[number], self._geometry.links[number], problems)
+            self.solves += 1
+            at = 0
+            for key in fresh:
+                end = at + len(key)
+                self._rates[key] = rates[at:end].tolist(), bound_by[at:end].tolist()
+                at = end
+
     def link_bytes(self) -> NDArray[np.float64]:
         """Bytes that have crossed each link (L) up to now; over bandwidth x time, the link's utilisation."""
         self._meet_all()
@@ -314,6 +341,7 @@ class Fluid:
         self._rates.clear()
         self._spans.clear()
         self._courses.clear()
+        self._geometry.lists.clear()
 
     def _begin(self, flight: Flight, ended: list[Flight]) -> None:
         number, mask = self._span(flight.coflow)
@@ -448,6 +476,16 @@ class Fluid:
                     self._rates.clear()
                 self._rates[key] = found
         return found
+
+
+def _is_joined(masks: list[int]) -> bool:
+    """Whether all share links, directly or through others."""
+    joined, left = masks[0], masks[1:]
+    while near := [m for m in left if m & joined]:
+        left = [m for m in left if not m & joined]
+        for m in near:
+            joined |= m
+    return not left
 
 
 def _touched(flights: dict[Flight, int], mask: int) -> bool:

@@ -23,6 +23,8 @@ class Geometry:
         self.links: list[Index] = [order[a:b] for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
         self.bandwidth = [bandwidth[links] for links in self.links]
         self.place_L = np.empty(bandwidth.size, dtype=np.int64)
+        # Lists of links that were met, by identity; each keeps its own list, so that no other gets its identity.
+        self.lists: dict[int, tuple[Index, Index, NDArray[np.float64], int, int]] = {}
         self.place_L[order] = np.arange(bandwidth.size) - bounds[region[order]]
 
 

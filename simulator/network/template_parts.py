@@ -76,18 +76,41 @@ class PartMaker:
 
     def product(self, members: Index, rows: Array, columns: Array, transport: str, between: float) -> tuple[Part, ...]:
         """All-to-alls in groups (G x k) where i sends rows[i] * columns[j] bytes to j (D each)."""
+        return self.products(members, rows[None], columns[None], transport, between)[0]
+
+    def products(
+        self, members: Index, rows: Array, columns: Array, transport: str, between: float
+    ) -> list[tuple[Part, ...]]:
+        """The same for several patterns of loads at once (B x D each, or one row for all)."""
         layout, devices = self.topology.layout, self.cluster.devices
         place = self.around(layout, members) if isinstance(layout, SwitchedLayout) else None
         if place is not None:
             layout, devices = place.layout, place.devices.size
-            rows, columns, members = rows[place.devices], columns[place.devices], place.own(members)
+            rows, columns, members = rows[:, place.devices], columns[:, place.devices], place.own(members)
         group = np.full(devices, -1)
         group[members] = np.arange(len(members))[:, None]
+        rows, columns = np.broadcast_arrays(rows, columns)
         if not isinstance(layout, SwitchedLayout):
-            return self._finished(rank_one_loads(self.topology, rows, columns, group).parts, "all_to_all")
+            found = [rank_one_loads(self.topology, r, c, group).parts for r, c in zip(rows, columns, strict=True)]
+            return [self._finished(parts, "all_to_all") for parts in found]
         rail: Rail = self.rail if transport == "collective" else "forward"
+        if len(rows) == 1:
+            ports = product_ports(layout, rows[0], columns[0], group, rail)
+            return [self._of_ports(layout, ports, "all_to_all", transport, between, members, place)]
         ports = product_ports(layout, rows, columns, group, rail)
-        return self._of_ports(layout, ports, "all_to_all", transport, between, members, place)
+        several: list[list[Part]] = [[] for _ in rows]
+        for p, scales in self._scales(layout, ports, "all_to_all", transport, between, members):
+            parts = p.parts(self.topology.links if place is None else place.links, layout, *scales)
+            known: dict[int, Index] = {}
+            for out, part in zip(several, parts, strict=True):
+                if place is None:
+                    out.append(part)
+                    continue
+                links = known.get(id(part.links))
+                if links is None:
+                    links = known[id(part.links)] = place.link_ids[part.links]
+                out.append(replace(part, links=links))
+        return [tuple(parts) for parts in several]
 
     def around(self, layout: SwitchedLayout, members: Index) -> Near | None:
         """The network around groups; the last ones asked for are remembered."""
@@ -128,24 +151,38 @@ class PartMaker:
         place: Near | None = None,
     ) -> tuple[Part, ...]:
         links = self.topology.links if place is None else place.links
+        scaled = self._scales(layout, ports, kind, transport, between, members)
+        out = [p.part(links, layout, *scales) for p, scales in scaled]
+        if place is not None:
+            out = [replace(p, links=place.link_ids[p.links]) for p in out]
+        return tuple(out)
+
+    def _scales(
+        self,
+        layout: SwitchedLayout,
+        ports: list[Ports],
+        kind: str,
+        transport: str,
+        between: float,
+        members: Index | None,
+    ) -> list[tuple[Ports, tuple[float, float, float]]]:
+        """Ports of each level, with the factors on bytes inside a domain and on cards, and how many flows are one."""
         inside = 1 / self.efficiency(layout.up_name, kind)
         out = []
         for p in ports:
             if p.level == layout.up_name:
-                out.append(p.part(links, layout, inside))
+                out.append((p, (inside, 1.0, 1.0)))
                 continue
             across = between / self.efficiency(layout.out_name, kind)
             if not across:
                 continue
             if transport == "collective" or members is None:
-                out.append(p.part(links, layout, across, across))
+                out.append((p, (across, across, 1.0)))
                 continue
             # One flow to a node, instead of one to each member there.
             mates = members.shape[1] / np.unique(members[0] // layout.domain).size
-            out.append(p.part(links, layout, inside, across, mates))
-        if place is not None:
-            out = [replace(p, links=place.link_ids[p.links]) for p in out]
-        return tuple(out)
+            out.append((p, (inside, across, mates)))
+        return out
 
     def two_levels(self, members: Index, between: float) -> tuple[Part, ...]:
         """First within the fast domain, to the member in the place of the destination; then between equal places."""
