@@ -31,7 +31,7 @@ TARGETS_S = {
     ("every all-to-all different", 16384): 15.0,
 }
 # Runs shorter than this are repeated.
-SHORT_S, REPEATS = 6.0, 5
+SHORT_S, REPEATS = 4.0, 3
 
 
 def seconds(devices: int, options: EventOptions) -> tuple[float, float, int]:
