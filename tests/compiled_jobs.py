@@ -55,8 +55,8 @@ def main() -> None:
         program, _ = compile_step(job, resolve(job, resolve_cluster(job.cluster)), target)
         answer = forecast(as_our_program(job, "cpu"), engine="closed-form")
         out[name] = compare(answer, program).to_dict()
-        print(name, file=sys.stderr, flush=True)
-    print(json.dumps(out))
+        sys.stderr.write(f"{name}\n")
+    sys.stdout.write(json.dumps(out) + "\n")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from simulator.job.load import load_job
 from simulator.job.rules import resolve
 from tests.compiled_jobs import JOBS, SMALL
 from trainer.refuse import check_runnable
+from trainer.targets import parse_target
 
 ROOT = Path(__file__).parents[1]
 
@@ -86,7 +87,7 @@ def test_what_the_trainer_cannot_run_is_refused_by_name(file: str, change: str, 
 def test_the_command_names_a_bad_target_in_one_line() -> None:
     job = str(SMALL / "mixtral-8x7b.yaml")
     for target, said in (
-        ("cpu:4", "the plan"),
+        ("cpu:4", "cpu-host-4 has 4 devices"),
         ("tpu:v9:2x2", "unknown TPU generation"),
         ("gpu:8", "unknown platform"),
     ):
@@ -95,3 +96,11 @@ def test_the_command_names_a_bad_target_in_one_line() -> None:
             capture_output=True, text=True, timeout=120, check=False,
         )  # fmt: skip
         assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_the_example_in_the_help_is_there() -> None:
+    shown = subprocess.run(
+        [sys.executable, "-m", "moecast", "compile", "--help"], capture_output=True, text=True, timeout=60, check=True
+    ).stdout
+    said = " ".join(shown.split()).partition("Example: moecast compile ")[2].split()
+    assert (ROOT / said[0]).is_file() and parse_target(said[2]).devices == 8 and "--json" in shown

@@ -72,12 +72,14 @@ def by_events(
             f"the step has {passes:,} passes of microbatches; events run at most {MOST_PASSES:,}:"
             " use larger microbatches, or --engine closed-form"
         )
+    if chosen.load_vectors is not None and chosen.load_vectors < 1:
+        raise QuestionError(f"load_vectors = {chosen.load_vectors}: 1 or more, or none for every microbatch its own")
     loads = None
     excess: Callable[[int, int, int], float] = even
     pattern: Patterns = no_pattern
     if job.model.moes and degrees.expert > 1:
         loads = expert_loads(job, degrees, groups, chosen.seed, folder=folder)
-        excess, pattern = loads.excess, load_patterns(loads)
+        excess, pattern = loads.excess, load_patterns(loads, chosen.load_vectors)
     setup = set_up(job, cluster, degrees, habits, workload, kernels, formula, memory.by_stage, excess, chosen)
     setup = replace(setup, pattern=pattern)
     result = run_events(setup, transport_of(job, cluster, degrees, setup, chosen))

@@ -13,7 +13,7 @@ loads over all these layers.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,9 +28,13 @@ EVEN = 1e-9
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoadPattern:
-    """Load of each expert rank over the mean, [R]; identity tells patterns apart, since coflows are kept by it."""
+    """Load of each expert rank over the mean, [R]; identity tells patterns apart, since coflows are kept by it.
+
+    `family` are the patterns of its stage and group that are made into coflows together.
+    """
 
     ranks_R: NDArray[np.float64]
+    family: list[LoadPattern] = field(default_factory=list, repr=False)
 
     @property
     def excess(self) -> float:
@@ -46,11 +50,11 @@ def no_pattern(group: int, stage: int, microbatch: int) -> None:
     del group, stage, microbatch
 
 
-def load_patterns(loads: ExpertLoads, classes: int = CLASSES) -> Patterns:
+def load_patterns(loads: ExpertLoads, classes: int | None = CLASSES) -> Patterns:
     """The pattern of (group, model stage, microbatch), None where all ranks have the same load.
 
-    `classes` is how many patterns a stage and group has at most. Under a capacity slots pad every rank to the same
-    bytes, so that all are None.
+    `classes` is how many patterns a stage and group has at most, None for one of every microbatch's own. Under a
+    capacity slots pad every rank to the same bytes, so that all are None.
     """
     plan = loads.plan
     found: dict[tuple[int, int], list[LoadPattern | None]] = {}
@@ -63,10 +67,16 @@ def load_patterns(loads: ExpertLoads, classes: int = CLASSES) -> Patterns:
         )
         if excess_GM.max() < EVEN:
             continue
-        chosen_GC, class_GM = _classes(excess_GM, classes)
+        chosen_GC, class_GM = _classes(excess_GM, plan.microbatches if classes is None else classes)
         stands_GC = _vectors(loads, layers, chosen_GC)
         for g in range(plan.groups):
-            own = [LoadPattern(v) if v.max() > 1 + EVEN else None for v in stands_GC[g]]
+            # Those that one rank asks for are a family: under DualPipe every other microbatch takes the other way.
+            families: list[list[LoadPattern]] = [[], []]
+            own: list[LoadPattern | None] = []
+            for chosen, v in zip(chosen_GC[g].tolist(), stands_GC[g], strict=True):
+                family = families[chosen % 2 if classes is None else 0]
+                own.append(LoadPattern(v, family) if v.max() > 1 + EVEN else None)
+                family += [p for p in own[-1:] if p is not None]
             found[g, stage] = [own[c] for c in class_GM[g].tolist()]
 
     if not any(p for own in found.values() for p in own):

@@ -22,9 +22,10 @@ from simulator.network.collectives import Network
 from simulator.network.drawing import draw
 from simulator.network.flight import TICK_S
 from simulator.network.fluid import Fluid
-from simulator.network.folding import fold, onto
+from simulator.network.folding import fold
+from simulator.network.geometry import joined_links
 from simulator.network.graph_file import topology_from_file
-from simulator.network.templates import Templates, solo_seconds_over
+from simulator.network.templates import Templates
 from simulator.network.transfers import FluidProcess
 from simulator.results.links import Drawing, LinkUse
 
@@ -112,11 +113,12 @@ class Shared:
             bandwidth[found] *= factor
         asked = sorted({self._question(t, p, g) for p, g, t in self._all()})
         unit = [self._unit(*q) for q in asked]
+        probes = [Coflow("probe", "all_to_all", parts) for parts in self._probes()]
         self._place: NDArray[np.int64] | None = None
         if slow_links:
             self.kept = self._class = np.arange(topology.links)
+            folded = [*unit, *probes]
         else:
-            probes = [Coflow("probe", "all_to_all", parts) for parts in self._probes()]
             folded, bandwidth, self.kept, self._class = fold([*unit, *probes], bandwidth)
             unit = folded[: len(unit)]
             self._place = np.full(topology.links, -1)
@@ -124,8 +126,10 @@ class Shared:
         self._units = dict(zip(asked, unit, strict=True))
         self._ready: dict[tuple[Transfer, int, int, LoadPattern | None, bool], Coflow] = {}
         self._uneven: dict[tuple[object, ...], tuple[Part, ...]] = {}
+        self._joint: dict[tuple[int, ...], tuple[list[NDArray[np.int64]], NDArray[np.int64], Array]] = {}
+        self._stays: dict[int, tuple[NDArray[np.int64], NDArray[np.bool_], NDArray[np.int64]]] = {}
         self._last: dict[tuple[int, int], simpy.Event] = {}
-        self.fluid = Fluid(bandwidth)
+        self.fluid = Fluid(bandwidth, regions=joined_links(folded, bandwidth.size))
         self.process = FluidProcess(env, self.fluid)
 
     def _all(self) -> Iterator[tuple[int, int, Transfer]]:
@@ -145,7 +149,7 @@ class Shared:
             if t.hot and t.size > 1 and key not in seen and self.setup.pattern is not no_pattern:
                 seen.add(key)
                 loads = np.random.default_rng(0).uniform(0.5, 1.5, t.size)
-                yield from (self._parts(t, p, g, loads, way, fine=False) for way in (True, False))
+                yield from (self._parts(t, p, g, [loads], way, fine=False)[0] for way in (True, False))
 
     def _question(self, t: Transfer, stage: int, group: int) -> tuple[str, int, int, float, int, int]:
         return t.kind, t.size, t.stride, t.between, stage, group
@@ -171,11 +175,16 @@ class Shared:
         return tuple(mine), 1 / self.setup.groups
 
     def _parts(
-        self, t: Transfer, stage: int, group: int, loads: Array, to_experts: bool, fine: bool
-    ) -> tuple[Part, ...]:
+        self, t: Transfer, stage: int, group: int, loads: list[Array], to_experts: bool, fine: bool
+    ) -> list[tuple[Part, ...]]:
+        """Parts of one byte a rank, for each of several loads of the ranks."""
         mine, share = self._groups(t.kind, t.size, t.stride, stage, group)
-        parts = self.templates.uneven(t.size, t.stride, mine, loads, to_experts, self.layout.transport, t.between, fine)
-        return _scaled(parts, share)
+        ask, end = (t.size, t.stride, mine), (to_experts, self.layout.transport, t.between)
+        if fine:
+            several = [self.templates.uneven(*ask, x, *end, fine) for x in loads]
+        else:
+            several = self.templates.uneven_several(*ask, np.array(loads), *end)
+        return several if share == 1.0 else [_scaled(parts, share) for parts in several]
 
     def transfer(self, t: Transfer, stage: int, group: int, pattern: LoadPattern | None = None) -> simpy.Event:
         """Start it now; the event fires at its end. Uneven all-to-alls of a class follow each other."""
@@ -198,7 +207,7 @@ class Shared:
 
     def _start(self, t: Transfer, stage: int, group: int, pattern: LoadPattern) -> simpy.Event:
         coflow = self._coflow(t, stage, group, pattern, fine=False)
-        if self.fluid.contends(coflow):
+        if self.process.contends(coflow):
             coflow = self._coflow(t, stage, group, pattern, fine=True)
         return self.process.transfer(coflow)
 
@@ -206,36 +215,80 @@ class Shared:
         key = (t, stage, group, pattern, fine)
         coflow = self._ready.get(key)
         if coflow is None:
-            coflow = self._units[self._question(t, stage, group)]
+            unit = self._units[self._question(t, stage, group)]
             wait, factor = 0.0, 0.0
-            if t.bytes > 0 and coflow.parts:
+            if t.bytes > 0 and unit.parts:
                 wait, factor = self.templates.start(t.kind, t.size, t.stride, t.between, t.bytes / t.calls)
-            parts = _scaled(coflow.parts, t.bytes * factor) if factor else ()
-            coflow = replace(coflow, name=t.name, parts=parts, latency_s=wait * t.calls)
-            if pattern is not None and parts:
-                ways = [(True, t.out_bytes * factor), (False, (t.bytes - t.out_bytes) * factor)]
-                phases = [_scaled(self._shape(t, stage, group, pattern, w, fine), b) for w, b in ways if b > 0]
-                even = solo_seconds_over(coflow, self.fluid.bandwidth)
-                coflow = replace(
-                    coflow, parts=tuple(p for x in phases for p in x), phases=tuple(len(x) for x in phases)
+            parts = _scaled(unit.parts, t.bytes * factor) if factor else ()
+            even = replace(unit, name=t.name, parts=parts, latency_s=wait * t.calls)
+            if pattern is None or not parts:
+                coflow = self._ready[key] = even
+                return coflow
+            alone = self._alone(even)
+            # All of a family at once, since they cost less together.
+            family = [pattern] if fine or pattern not in pattern.family else pattern.family
+            ways = [(w, b) for w, b in ((True, t.out_bytes), (False, t.bytes - t.out_bytes)) if b > 0]
+            made = []
+            for one in family:
+                phases = [_scaled(self._shape(t, stage, group, one, w, fine), b * factor) for w, b in ways]
+                own = replace(
+                    even,
+                    parts=tuple(p for x in phases for p in x),
+                    phases=tuple(len(x) for x in phases),
+                    meta=dict(even.meta),
                 )
-                alone = solo_seconds_over(coflow, self.fluid.bandwidth)
-                coflow.meta["uneven"] = max(0.0, 1 - even / alone)
-            self._ready[key] = coflow
+                own.meta["uneven"] = max(0.0, 1 - alone / self._alone(own))
+                self._ready[t, stage, group, one, fine] = own
+                made.append(own)
+            if not fine:
+                self.fluid.prepare(made)
+            coflow = self._ready[key]
         return coflow
+
+    def _alone(self, coflow: Coflow) -> float:
+        """Seconds of a coflow alone; links that were joined once are remembered by the identity of their lists."""
+        seconds, first = coflow.latency_s, 0
+        for size in coflow.phase_sizes():
+            parts = coflow.parts[first : first + size]
+            first += size
+            key = tuple(id(p.links) for p in parts)
+            found = self._joint.get(key)
+            if found is None:
+                lists = [p.links for p in parts]
+                used, place = np.unique(np.concatenate(lists), return_inverse=True)
+                found = self._joint[key] = lists, place, self.fluid.bandwidth[used]
+            _, place, bandwidth = found
+            together = np.bincount(place, np.concatenate([p.bytes for p in parts]), minlength=bandwidth.size)
+            seconds += float((together / bandwidth).max(initial=0.0))
+        return seconds
 
     def _shape(
         self, t: Transfer, stage: int, group: int, pattern: LoadPattern, to_experts: bool, fine: bool
     ) -> tuple[Part, ...]:
         """Parts of one byte a rank, over the folded links; all-to-alls that differ in bytes alone share them."""
-        key = (t.size, t.stride, t.between, stage, group, pattern, to_experts, fine)
-        parts = self._uneven.get(key)
+        kind = (t.size, t.stride, t.between, stage, group, to_experts, fine)
+        parts = self._uneven.get((pattern, *kind))
         if parts is None:
-            parts = self._parts(t, stage, group, pattern.ranks_R, to_experts, fine)
-            if self._place is not None:
-                parts = tuple(onto(p, self._place) for p in parts)
-            self._uneven[key] = parts
+            family = [pattern] if fine or pattern not in pattern.family else pattern.family
+            several = self._parts(t, stage, group, [p.ranks_R for p in family], to_experts, fine)
+            for one, made in zip(family, several, strict=True):
+                self._uneven[(one, *kind)] = made if self._place is None else self._folded(made)
+            parts = self._uneven[(pattern, *kind)]
         return parts
+
+    def _folded(self, parts: tuple[Part, ...]) -> tuple[Part, ...]:
+        """Parts over the folded links; those over the same links find the same ones there."""
+        assert self._place is not None
+        out = []
+        for p in parts:
+            found = self._stays.get(id(p.links))
+            if found is None:
+                there = self._place[p.links]
+                # The list of links is kept, so that no other gets its identity.
+                found = self._stays[id(p.links)] = p.links, there >= 0, there[there >= 0]
+            _, stays, links = found
+            out.append(Part(p.level, links, p.bytes[stays], p.flows[stays], p.largest_flow_bytes))
+        return tuple(out)
 
     def uneven_share(self, event: simpy.Event) -> float:
         """The share of a finished transfer's time that an even one would not have taken, both alone."""
@@ -278,7 +331,7 @@ class Shared:
 
 
 def _scaled(parts: tuple[Part, ...], factor: float) -> tuple[Part, ...]:
-    return tuple(replace(p, bytes=p.bytes * factor, largest_flow_bytes=p.largest_flow_bytes * factor) for p in parts)
+    return tuple(Part(p.level, p.links, p.bytes * factor, p.flows, p.largest_flow_bytes * factor) for p in parts)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

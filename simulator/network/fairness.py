@@ -19,6 +19,10 @@ from numpy.typing import NDArray
 
 from hw_profiles.errors import QuestionError
 from simulator.network.coflow import Part
+from simulator.network.geometry import Geometry
+
+Array = NDArray[np.float64]
+Index = NDArray[np.int64]
 
 # Shares closer than this are one share: sums of the same bytes in another order.
 TIE = 1e-12
@@ -27,13 +31,16 @@ TIE = 1e-12
 class Template:
     """A part made ready for solving: the links it really uses, their set as bits, and its rate alone.
 
-    `mask` has bit l set for link l: whether two parts share a link is one AND of two integers. `done` counts finished
-    flights, so that bytes per link need no array addition per flight.
+    `mask` has bit l set for the link in place l of its region (`places`, of `links`): whether two parts of a region
+    share a link is one AND of two integers. `done` counts finished flights, so that bytes per link need no array
+    addition per flight.
     """
 
-    __slots__ = ("bytes", "done", "links", "mask", "part", "serial", "solo", "tightest")
+    __slots__ = ("bytes", "done", "links", "mask", "part", "places", "region", "serial", "solo", "tightest")
 
-    def __init__(self, part: Part, bandwidth: NDArray[np.float64], serial: int = 0) -> None:
+    def __init__(
+        self, part: Part, bandwidth: NDArray[np.float64], serial: int = 0, geometry: Geometry | None = None
+    ) -> None:
         """Check `part` against `bandwidth` (L; bytes/s).
 
         Raises QuestionError for a link that is out of range, twice in the list or without bandwidth, for bytes that are
@@ -47,7 +54,8 @@ class Template:
         if links.shape != loads.shape or links.ndim != 1:
             raise QuestionError(f"{where}: {links.shape} links for {loads.shape} bytes: one number for each link")
         if not loads.size or not loads.any():
-            self.links, self.bytes = np.empty(0, dtype=np.int64), np.empty(0)
+            self.links = self.places = np.empty(0, dtype=np.int64)
+            self.bytes, self.region = np.empty(0), 0
             self.mask, self.solo, self.tightest = 0, inf, -1
             return
         if not (loads.min() >= 0 and loads.max() < inf):
@@ -59,26 +67,45 @@ class Template:
             )
         if loads.min() == 0:
             links, loads = links[loads > 0], loads[loads > 0]
-        if links.min() < 0 or links.max() >= len(bandwidth):
-            wrong = int(links.min()) if links.min() < 0 else int(links.max())
-            raise QuestionError(f"{where}: link {wrong}: the topology has links 0 to {len(bandwidth) - 1}")
-        capacity = bandwidth[links]
-        if capacity.min() <= 0:
-            worst = int(np.argmin(capacity))
-            raise QuestionError(
-                f"{where}: link {links[worst]} has bandwidth {capacity[worst]:g}, and {loads[worst]:g} bytes cross it"
-            )
-        used = np.zeros(len(bandwidth), dtype=np.bool_)
-        used[links] = True
-        if int(np.count_nonzero(used)) != links.size:
-            twice = int(np.argmax(np.bincount(links)))
-            raise QuestionError(f"{where}: link {twice} is listed twice: sum its bytes")
+        known = None if geometry is None else geometry.lists.get(id(links))
+        if known is None:
+            known = _listed(links, loads, bandwidth, geometry, where)
+            if geometry is not None:
+                geometry.lists[id(links)] = known
         self.links, self.bytes = links, loads
-        self.mask = int.from_bytes(np.packbits(used, bitorder="little").tobytes(), "little")
+        _, self.places, capacity, self.mask, self.region = known
         seconds = loads / capacity
         at = int(seconds.argmax())
         # Alone: the busiest link is never idle until the end.
         self.solo, self.tightest = 1.0 / float(seconds[at]), int(links[at])
+
+
+def _listed(
+    links: Index, loads: Array, bandwidth: Array, geometry: Geometry | None, where: str
+) -> tuple[Index, Index, Array, int, int]:
+    """A list of links, checked: itself, the places in its region, bandwidths, the places as bits, and the region."""
+    if links.min() < 0 or links.max() >= len(bandwidth):
+        wrong = int(links.min()) if links.min() < 0 else int(links.max())
+        raise QuestionError(f"{where}: link {wrong}: the topology has links 0 to {len(bandwidth) - 1}")
+    capacity = bandwidth[links]
+    if capacity.min() <= 0:
+        worst = int(np.argmin(capacity))
+        raise QuestionError(
+            f"{where}: link {links[worst]} has bandwidth {capacity[worst]:g}, and {loads[worst]:g} bytes cross it"
+        )
+    region, places, size = 0, links, len(bandwidth)
+    if geometry is not None:
+        region = int(geometry.region_L[links[0]])
+        places, size = geometry.place_L[links], len(geometry.links[region])
+        if (geometry.region_L[links] != region).any():
+            raise ValueError(f"{where}: in several regions")
+    used = np.zeros(size, dtype=np.bool_)
+    used[places] = True
+    if int(np.count_nonzero(used)) != links.size:
+        twice = int(np.argmax(np.bincount(links)))
+        raise QuestionError(f"{where}: link {twice} is listed twice: sum its bytes")
+    mask = int.from_bytes(np.packbits(used, bitorder="little").tobytes(), "little")
+    return links, places, capacity, mask, region
 
 
 def fair_rates(parts: Sequence[Part], bandwidth: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -91,9 +118,15 @@ def fair_rates(parts: Sequence[Part], bandwidth: NDArray[np.float64]) -> NDArray
 
 
 def solve(
-    templates: Sequence[Template], bandwidth: NDArray[np.float64]
+    templates: Sequence[Template],
+    bandwidth: NDArray[np.float64],
+    links: NDArray[np.int64] | None = None,
+    problems: Sequence[int] | None = None,
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """Fractions per second (C), and the link (C) that holds each part back, -1 for a part that sends nothing.
+
+    `bandwidth` and `links`, their numbers in the whole network, are those of the region that all parts are in.
+    `problems` (C, ascending) solves several at once, each with the whole of the links to itself.
 
     Only links that the solo rates would overfill can bind, since no part ever runs faster than alone: all others are
     left out, and without any the solo rates are the answer.
@@ -103,9 +136,15 @@ def solve(
     sending = [c for c, t in enumerate(templates) if t.links.size]
     if len(sending) < 2:
         return rates, bound_by
-    link_U = np.concatenate([templates[c].links for c in sending])
+    link_U = np.concatenate([templates[c].places for c in sending])
     load_U = np.concatenate([templates[c].bytes for c in sending])
     part_U = np.repeat(np.array(sending), [templates[c].links.size for c in sending])
+    if problems is not None:
+        # Links that nobody uses would be there once for each problem.
+        apart_U = np.repeat(np.array([problems[c] for c in sending]), [templates[c].places.size for c in sending])
+        used, link_U = np.unique(apart_U * len(bandwidth) + link_U, return_inverse=True)
+        place = used % len(bandwidth)
+        bandwidth, links = bandwidth[place], place if links is None else links[place]
     wanted_L = np.bincount(link_U, load_U * rates[part_U], minlength=len(bandwidth))
     overfull_L = wanted_L > bandwidth * (1.0 + TIE)
     if not overfull_L.any():
@@ -121,7 +160,8 @@ def solve(
     level, bottleneck = _fill(link_U, load_U / pace[ordinal_U], ordinal_U, bandwidth[full], rates[contested] * pace)
     rates[contested] = level / pace
     bound = bottleneck >= 0
-    bound_by[contested[bound]] = full[bottleneck[bound]]
+    tight = full[bottleneck[bound]]
+    bound_by[contested[bound]] = tight if links is None else links[tight]
     return rates, bound_by
 
 

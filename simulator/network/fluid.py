@@ -6,10 +6,14 @@ in which they were started.
 
 Parts that share a link, directly or through others, form a contention component; a start or an end changes the rates in
 its own component only. Rates are remembered by the templates (the `Part` objects, by identity) in a component.
+
+A coflow that nobody shares a link with when it starts is run once by itself, and only its end is put on the agenda,
+for as long as nobody comes: its whole course is a function of its start. Who comes finds it as it would have been.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from heapq import heappop, heappush
 from itertools import count
 from math import inf
@@ -21,45 +25,28 @@ from hw_profiles.errors import QuestionError
 from simulator.network.coflow import Coflow, Part
 from simulator.network.fairness import Template, solve
 from simulator.network.flight import TICK_S, Blocked, Flight, ticks
+from simulator.network.geometry import Geometry
+from simulator.network.regions import Alone, Component, Region, Running
 
-# Beyond so many remembered rates, or uses of links by remembered templates (about 100 MB), memory is made anew.
+# Beyond so many remembered rates, or uses of links by remembered templates (about 400 MB), memory is made anew.
 KEPT_RATES = 1 << 16
-KEPT_USES = 1 << 22
-
-
-class _Running:
-    """A part in flight: `left` is the fraction not yet moved at its component's `since`."""
-
-    __slots__ = ("flight", "left", "part", "template")
-
-    def __init__(self, template: Template, flight: Flight, part: int) -> None:
-        self.template = template
-        self.flight = flight
-        self.part = part
-        self.left = 1.0
-
-
-class _Component:
-    """Parts that contend, with the rates (fractions/s) they keep until one of them ends or another comes."""
-
-    __slots__ = ("bound_by", "due", "ends", "mask", "rates", "running", "since")
-
-    running: list[_Running]
-    rates: list[float]
-    bound_by: list[int]
-    mask: int
-    since: int
-    ends: list[int]
-    due: int
+KEPT_USES = 1 << 24
 
 
 class Fluid:
     """The coflows in flight over links of `bandwidth` (L; bytes/s).
 
-    `remember=False` solves anew every time, for tests. `solves` counts solver calls.
+    `remember=False` solves anew every time and runs nothing ahead, for tests. `solves` counts solver calls. No coflow
+    may be in two of the regions of links (L) that are given.
     """
 
-    def __init__(self, bandwidth: NDArray[np.float64], *, remember: bool = True) -> None:
+    def __init__(
+        self,
+        bandwidth: NDArray[np.float64],
+        *,
+        remember: bool = True,
+        regions: NDArray[np.int64] | None = None,
+    ) -> None:
         self.bandwidth = np.array(bandwidth, dtype=np.float64)
         if self.bandwidth.ndim != 1 or not ((self.bandwidth >= 0) & (self.bandwidth < inf)).all():
             raise QuestionError("bandwidth: one finite number of bytes/s for each link, zero or more")
@@ -72,13 +59,16 @@ class Fluid:
         self._uses = 0
         self._rates: dict[tuple[int, ...], tuple[list[float], list[int]]] = {}
         self._forgotten = np.zeros(len(self.bandwidth))
-        # Ticks at which something happens, a flight getting ready or a component's first end, and in which order.
-        self._agenda: list[tuple[int, int, Flight | _Component]] = []
+        self._geometry = Geometry(self.bandwidth, regions)
+        self._regions = [Region() for _ in self._geometry.links]
+        # Each coflow's links; and its course alone.
+        self._spans: dict[Coflow, tuple[int, int]] = {}
+        self._courses: dict[Coflow, Alone] = {}
+        # Ticks at which something happens: a flight gets ready, one that is alone ends, a component has its first end.
+        self._agenda: list[tuple[int, int, Flight | Component]] = []
         self._entry = count()
-        self._components: dict[_Component, None] = {}
-        self._mask = 0
         # Parts without a component: they came, or lost a neighbour, since rates were last solved.
-        self._loose: list[_Running] = []
+        self._loose: list[Running] = []
 
     @property
     def settled(self) -> bool:
@@ -99,8 +89,98 @@ class Fluid:
                 self._learn(coflow)
                 break
         flight = Flight(coflow, next(self._orders), now)
-        heappush(self._agenda, (flight.ready, next(self._entry), flight))
+        number, mask = self._span(coflow)
+        if mask and self._remember:
+            region = self._regions[number]
+            if not _touched(region.others, mask) and not any(a.mask & mask for a in region.alone.values()):
+                course = self._courses.get(coflow) or self._course(coflow, number, mask)
+                region.alone[flight] = course
+                heappush(self._agenda, (flight.ready + course.last, next(self._entry), flight))
+                return flight
+        self._wait(flight, number, mask)
         return flight
+
+    def _wait(self, flight: Flight, number: int, mask: int) -> None:
+        self._regions[number].others[flight] = mask
+        heappush(self._agenda, (flight.ready, next(self._entry), flight))
+
+    def _span(self, coflow: Coflow) -> tuple[int, int]:
+        """The region of a coflow and all its links there, those of all phases."""
+        found = self._spans.get(coflow)
+        if found is None:
+            mask, numbers = 0, set()
+            for part in coflow.parts:
+                template = self._templates[part]
+                mask |= template.mask
+                if template.mask:
+                    numbers.add(template.region)
+            if len(numbers) > 1:
+                raise ValueError(f"{coflow.name}: in regions {sorted(numbers)}")
+            found = self._spans[coflow] = (numbers.pop() if numbers else 0, mask)
+        return found
+
+    # Alone -----------------------------------------------------------------------------------------------------------
+
+    def _aside(self, flight: Flight, now: int) -> Fluid:
+        """Another fluid, with this flight alone in it, which starts in tick `now`."""
+        other = Fluid.__new__(Fluid)
+        other.__dict__.update(self.__dict__)
+        number, mask = self._span(flight.coflow)
+        other._remember, other.now, other.solves = True, now, 0
+        other._agenda, other._loose, other._regions = [], [], list(self._regions)
+        other._regions[number] = Region()
+        other._wait(flight, number, mask)
+        return other
+
+    def _course(self, coflow: Coflow, number: int, mask: int) -> Alone:
+        flight = Flight(coflow, -1, 0)
+        first = flight.ready
+        other = self._aside(flight, 0)
+        other.finish()
+        self.solves += other.solves
+        for part in coflow.parts:
+            # Nothing has moved yet.
+            if self._templates[part].mask:
+                self._templates[part].done -= 1
+        ends = [(end or 0) - first for end in flight.part_ended]
+        course = self._courses[coflow] = Alone(number, mask, ends, max(ends))
+        return course
+
+    def due(self, flight: Flight) -> int:
+        """The first tick in which a flight that was just started needs looking at."""
+        course = self._regions[self._span(flight.coflow)[0]].alone.get(flight)
+        return flight.ready if course is None else flight.ready + course.last
+
+    def _join(self, region: Region, flight: Flight, ended: list[Flight], begun: bool) -> None:
+        """A flight that was alone becomes one among others, as it is just now; `begun`: if it gets ready now, it is."""
+        course = region.alone.pop(flight)
+        if flight.ready > self.now or (flight.ready == self.now and not begun):
+            self._wait(flight, course.region, course.mask)
+            return
+        other = self._aside(flight, flight.ready)
+        ended += other.advance(self.now)
+        self.solves += other.solves
+        mine = other._regions[course.region]
+        if flight in mine.others:
+            region.others[flight] = course.mask
+        for component in mine.components:
+            region.components[component] = None
+            region.mask |= component.mask
+            heappush(self._agenda, (component.due, next(self._entry), component))
+        self._loose += other._loose
+
+    def _meet(self, number: int, mask: int, ended: list[Flight], begun: bool = True) -> None:
+        """Whoever is alone on these links no longer is."""
+        region = self._regions[number]
+        if region.alone:
+            for flight in [f for f, a in region.alone.items() if a.mask & mask]:
+                self._join(region, flight, ended, begun)
+
+    def _meet_all(self) -> None:
+        for number in range(len(self._regions)):
+            self._meet(number, -1, [])
+
+    # The course of time ----------------------------------------------------------------------------------------------
 
     def next_event(self) -> int | None:
         """The next tick in which anything changes if nothing else starts; None when nothing is in flight."""
@@ -109,10 +189,18 @@ class Fluid:
         agenda = self._agenda
         while agenda:
             tick, _, item = agenda[0]
-            if type(item) is Flight or item in self._components:
+            if self._holds(tick, item):
                 return tick
             heappop(agenda)
         return None
+
+    def _holds(self, tick: int, item: Flight | Component) -> bool:
+        """Whether an entry of the agenda still stands: components dissolve, and flights stop being alone."""
+        if isinstance(item, Component):
+            return item in self._regions[item.region].components
+        number, _ = self._span(item.coflow)
+        region = self._regions[number]
+        return item in region.alone or (item.phase < 0 and tick == item.ready and item in region.others)
 
     def advance(self, now: int) -> list[Flight]:
         """Take time to tick `now`, and hand out the flights that ended on the way, by end and then by start.
@@ -123,7 +211,7 @@ class Fluid:
         if now < self.now:
             raise QuestionError(f"advance to tick {now}: it is tick {self.now} already")
         ended: list[Flight] = []
-        agenda, components = self._agenda, self._components
+        agenda = self._agenda
         while True:
             if self._loose and self.now < now:
                 self._settle()
@@ -133,10 +221,12 @@ class Fluid:
             first = len(ended)
             while agenda and agenda[0][0] == tick:
                 item = heappop(agenda)[2]
-                if isinstance(item, Flight):
-                    self._begin(item, ended)
-                elif item in components:
+                if not self._holds(tick, item):
+                    continue
+                if isinstance(item, Component):
                     self._end(item, ended)
+                else:
+                    self._begin(item, ended)
             if len(ended) > first + 1:
                 ended[first:] = sorted(ended[first:], key=lambda flight: flight.order)
         self.now = now
@@ -159,20 +249,49 @@ class Fluid:
     def contends(self, coflow: Coflow) -> bool:
         """Whether `coflow`, started now, would share a link with bytes in flight; QuestionError as for `start`."""
         self._learn(coflow)
-        mask = 0
-        for part in coflow.parts:
-            mask |= self._templates[part].mask
-        return bool(mask & self._mask) or any(mask & item.template.mask for item in self._loose)
+        number, mask = self._span(coflow)
+        region = self._regions[number]
+        self._meet(number, mask, [], begun=False)
+        return bool(mask & region.mask) or any(
+            mask & item.template.mask for item in self._loose if item.template.region == number
+        )
+
+    def prepare(self, coflows: Sequence[Coflow]) -> None:
+        """Solve the rates that each of these will have alone in its phases: many at once cost less than one by one."""
+        wanted: dict[int, list[list[Template]]] = {}
+        for coflow in coflows:
+            self._learn(coflow)
+            first = 0
+            for size in coflow.phase_sizes():
+                mine = [t for t in (self._templates[p] for p in coflow.parts[first : first + size]) if t.mask]
+                first += size
+                if len(mine) > 1 and len({t.region for t in mine}) == 1 and _is_joined([t.mask for t in mine]):
+                    wanted.setdefault(mine[0].region, []).append(sorted(mine, key=lambda t: t.serial))
+        for number, sets in wanted.items():
+            fresh = {tuple(t.serial for t in s): s for s in sets}
+            fresh = {key: s for key, s in fresh.items() if key not in self._rates}
+            if not fresh or not self._remember:
+                continue
+            problems = [i for i, s in enumerate(fresh.values()) for _ in s]
+            together = [t for s in fresh.values() for t in s]
+            rates, bound_by = solve(together, self._geometry.bandwidth[number], self._geometry.links[number], problems)
+            self.solves += 1
+            at = 0
+            for key in fresh:
+                end = at + len(key)
+                self._rates[key] = rates[at:end].tolist(), bound_by[at:end].tolist()
+                at = end
 
     def link_bytes(self) -> NDArray[np.float64]:
         """Bytes that have crossed each link (L) up to now; over bandwidth x time, the link's utilisation."""
+        self._meet_all()
         out = self._forgotten.copy()
         for template in self._templates.values():
             if template.done:
                 out[template.links] += template.done * template.bytes
         for item in self._loose:
             out[item.template.links] += (1.0 - item.left) * item.template.bytes
-        for component in self._components:
+        for component in (c for region in self._regions for c in region.components):
             elapsed_s = (self.now - component.since) * TICK_S
             for item, rate in zip(component.running, component.rates, strict=True):
                 left = max(0.0, item.left - elapsed_s * rate)
@@ -181,16 +300,18 @@ class Fluid:
 
     def blocked(self) -> list[Blocked]:
         """The parts that others hold back just now, in order of starts."""
+        self._meet_all()
         if self._loose:
             self._settle()
         out = []
-        for component in self._components:
+        for component in (c for region in self._regions for c in region.components):
             running = component.running
             for item, rate, link in zip(running, component.rates, component.bound_by, strict=True):
                 speed = rate / item.template.solo
                 if speed < 1.0 - 1e-9:
+                    place = int(self._geometry.place_L[link])
                     others = {
-                        r.flight.order: r.flight for r in running if r is not item and r.template.mask >> link & 1
+                        r.flight.order: r.flight for r in running if r is not item and r.template.mask >> place & 1
                     }
                     flights = tuple(others[order] for order in sorted(others))
                     level = item.template.part.level
@@ -203,7 +324,7 @@ class Fluid:
         for part in coflow.parts:
             if part not in self._templates:
                 try:
-                    template = Template(part, self.bandwidth, next(self._serial))
+                    template = Template(part, self.bandwidth, next(self._serial), self._geometry)
                 except QuestionError as error:
                     raise QuestionError(f"{coflow.name}: {error}") from None
                 self._templates[part] = template
@@ -211,22 +332,37 @@ class Fluid:
 
     def _forget(self) -> None:
         """Drop the templates that are not in flight, and all rates; what they moved stays counted."""
-        kept = {part for _, _, item in self._agenda if isinstance(item, Flight) for part in item.coflow.parts}
-        for item in [*self._loose, *(r for component in self._components for r in component.running)]:
-            kept.update(item.flight.coflow.parts)
+        kept = {p for r in self._regions for flight in (*r.others, *r.alone) for p in flight.coflow.parts}
         for part, template in list(self._templates.items()):
             if part not in kept:
                 self._forgotten[template.links] += template.done * template.bytes
                 del self._templates[part]
         self._uses = sum(template.links.size for template in self._templates.values())
         self._rates.clear()
+        self._spans.clear()
+        self._courses.clear()
+        self._geometry.lists.clear()
 
     def _begin(self, flight: Flight, ended: list[Flight]) -> None:
-        if not flight.coflow.parts:
+        number, mask = self._span(flight.coflow)
+        region = self._regions[number]
+        course = region.alone.pop(flight, None)
+        if course is not None:
+            # It was alone to its end.
+            for part in flight.coflow.parts:
+                self._templates[part].done += 1
+            flight.part_ended = [flight.ready + end for end in course.ends]
+            flight.parts_left = flight.phase_left = 0
             flight.ended = self.now
             ended.append(flight)
-        else:
+            return
+        self._meet(number, mask, ended)
+        if flight.coflow.parts:
             self._next_phase(flight, ended)
+        else:
+            del region.others[flight]
+            flight.ended = self.now
+            ended.append(flight)
 
     def _next_phase(self, flight: Flight, ended: list[Flight]) -> None:
         flight.phase += 1
@@ -238,7 +374,7 @@ class Fluid:
     def _enter(self, flight: Flight, part: int, ended: list[Flight]) -> None:
         template = self._templates[flight.coflow.parts[part]]
         if template.mask:
-            self._loose.append(_Running(template, flight, part))
+            self._loose.append(Running(template, flight, part))
         else:
             self._leave(flight, part, ended)
 
@@ -247,12 +383,13 @@ class Fluid:
         flight.parts_left -= 1
         flight.phase_left -= 1
         if not flight.parts_left:
+            del self._regions[self._span(flight.coflow)[0]].others[flight]
             flight.ended = self.now
             ended.append(flight)
         elif not flight.phase_left:
             self._next_phase(flight, ended)
 
-    def _end(self, component: _Component, ended: list[Flight]) -> None:
+    def _end(self, component: Component, ended: list[Flight]) -> None:
         for item, tick in zip(self._dissolve(component), component.ends, strict=True):
             if tick == component.due:
                 item.template.done += 1
@@ -260,10 +397,11 @@ class Fluid:
             else:
                 self._loose.append(item)
 
-    def _dissolve(self, component: _Component) -> list[_Running]:
+    def _dissolve(self, component: Component) -> list[Running]:
         """The parts of `component`, brought up to now, without it."""
-        del self._components[component]
-        self._mask ^= component.mask
+        region = self._regions[component.region]
+        del region.components[component]
+        region.mask ^= component.mask
         elapsed_s = (self.now - component.since) * TICK_S
         if elapsed_s:
             for item, rate in zip(component.running, component.rates, strict=True):
@@ -273,13 +411,21 @@ class Fluid:
     def _settle(self) -> None:
         """Group the loose parts, with the components they touch, by shared links, and solve each group."""
         loose, self._loose = self._loose, []
+        by_region: dict[int, list[Running]] = {}
+        for item in loose:
+            by_region.setdefault(item.template.region, []).append(item)
+        for number, mine in by_region.items():
+            self._settle_region(number, mine)
+
+    def _settle_region(self, number: int, loose: list[Running]) -> None:
+        region = self._regions[number]
         touched = 0
         for item in loose:
             touched |= item.template.mask
-        if touched & self._mask:
-            for component in [c for c in self._components if c.mask & touched]:
+        if touched & region.mask:
+            for component in [c for c in region.components if c.mask & touched]:
                 loose += self._dissolve(component)
-        groups: list[tuple[int, list[_Running]]] = []
+        groups: list[tuple[int, list[Running]]] = []
         seen = 0
         for item in loose:
             mask = item.template.mask
@@ -297,29 +443,32 @@ class Fluid:
             groups.append((mask, group))
             seen |= mask
         for mask, group in groups:
-            self._install(mask, group)
+            self._install(number, mask, group)
 
-    def _install(self, mask: int, running: list[_Running]) -> None:
-        component = _Component()
+    def _install(self, number: int, mask: int, running: list[Running]) -> None:
+        component = Component()
         if len(running) == 1:
             template = running[0].template
             component.rates, component.bound_by = [template.solo], [template.tightest]
         else:
             running.sort(key=lambda item: item.template.serial)
             component.rates, component.bound_by = self._solve([item.template for item in running])
-        component.running, component.mask, component.since = running, mask, self.now
+        component.running, component.since = running, self.now
+        component.region, component.mask = number, mask
         now = self.now
         component.ends = [now + ticks(item.left / rate) for item, rate in zip(running, component.rates, strict=True)]
         component.due = min(component.ends)
-        self._components[component] = None
-        self._mask |= mask
+        region = self._regions[number]
+        region.components[component] = None
+        region.mask |= mask
         heappush(self._agenda, (component.due, next(self._entry), component))
 
     def _solve(self, templates: list[Template]) -> tuple[list[float], list[int]]:
         key = tuple([template.serial for template in templates])
         found = self._rates.get(key)
         if found is None:
-            rates, bound_by = solve(templates, self.bandwidth)
+            number = templates[0].region
+            rates, bound_by = solve(templates, self._geometry.bandwidth[number], self._geometry.links[number])
             self.solves += 1
             found = rates.tolist(), bound_by.tolist()
             if self._remember:
@@ -327,3 +476,17 @@ class Fluid:
                     self._rates.clear()
                 self._rates[key] = found
         return found
+
+
+def _is_joined(masks: list[int]) -> bool:
+    """Whether all share links, directly or through others."""
+    joined, left = masks[0], masks[1:]
+    while near := [m for m in left if m & joined]:
+        left = [m for m in left if not m & joined]
+        for m in near:
+            joined |= m
+    return not left
+
+
+def _touched(flights: dict[Flight, int], mask: int) -> bool:
+    return any(mask & own for own in flights.values())

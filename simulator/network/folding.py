@@ -35,13 +35,18 @@ def fold(coflows: Sequence[Coflow], bandwidth: Array) -> tuple[list[Coflow], Arr
     # Number the classes so far; every part splits them by its bytes.
     _, number = np.unique(bandwidth, return_inverse=True)
     number = number.astype(np.int64)
+    count = int(number.max(initial=-1)) + 1
     for p in (p for p in parts if p.bytes.any()):
-        load = np.zeros(links)
-        load[p.links] = np.round(p.bytes / p.bytes.max(), DIGITS)
         used[p.links] = True
-        _, mine = np.unique(load, return_inverse=True)
-        _, number = np.unique(number * (int(mine.max()) + 1) + mine, return_inverse=True)
-        number = number.astype(np.int64)
+        load = np.round(p.bytes / p.bytes.max(), DIGITS)
+        at = p.links[load > 0]
+        # The classes of these links are split; all others stay as they are.
+        _, mine = np.unique(load[load > 0], return_inverse=True)
+        _, own = np.unique(number[at] * (int(mine.max()) + 1) + mine, return_inverse=True)
+        number[at] = count + own
+        count += int(own.max()) + 1
+    _, number = np.unique(number, return_inverse=True)
+    number = number.astype(np.int64)
     kept_of = np.full(int(number.max(initial=-1)) + 1, -1, dtype=np.int64)
     # The first link of a class stands for it.
     at = np.flatnonzero(used)[::-1]

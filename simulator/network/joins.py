@@ -12,8 +12,14 @@ Index = NDArray[np.int64]
 
 
 def sums(key: Index, weight: Array, count: int = 0) -> Array:
-    """Sum of `weight` for every key 0, 1, ... (at least `count` of them)."""
-    return np.bincount(key, weight, minlength=count).astype(np.float64, copy=False)
+    """Sum of `weight` for every key 0, 1, ... (at least `count` of them), along the last axis of several at once."""
+    if weight.ndim == 1:
+        return np.bincount(key, weight, minlength=count).astype(np.float64, copy=False)
+    lead, count = weight.shape[:-1], max(count, int(key.max(initial=-1)) + 1)
+    rows = int(np.prod(lead))
+    every = (np.arange(rows)[:, None] * count + key).ravel()
+    found: Array = np.bincount(every, weight.ravel(), minlength=rows * count).astype(np.float64, copy=False)
+    return found.reshape(*lead, count)
 
 
 def compact(*keys: Index) -> tuple[Index, int]:
@@ -36,25 +42,34 @@ def pairs_within(left: Index, right: Index) -> tuple[Index, Index]:
     return i, order[begin[i] + within]
 
 
-def largest_product(rows: Array, columns: Array, outer: Index, inner: Index) -> float:
-    """max rows[i] * columns[j] over pairs of equal `outer` and different `inner` (Z each), 0 without any."""
-    if not rows.size:
-        return 0.0
+def largest_product(rows: Array, columns: Array, outer: Index, inner: Index) -> Array:
+    """max rows[i] * columns[j] over pairs of equal `outer` and different `inner` (Z each), 0 without any.
+
+    Along the last axis of `rows` and `columns`, which may have others before it.
+    """
+    if not outer.size:
+        return np.zeros(rows.shape[:-1])
     number, count = compact(outer, inner)
-    first = np.zeros(count, dtype=np.int64)
-    first[number] = np.arange(number.size)
-    r, c = np.zeros(count), np.zeros(count)
-    np.maximum.at(r, number, rows)
-    np.maximum.at(c, number, columns)
-    out = outer[first]
-    order = np.lexsort((-c, out))
-    starts = np.flatnonzero(np.diff(out[order], prepend=-1))
-    lengths = np.diff(starts, append=count)
-    best = np.repeat(c[order][starts], lengths)
-    second = np.where(lengths > 1, c[order][np.minimum(starts + 1, count - 1)], 0.0)
+    order = np.argsort(number, kind="stable")
+    starts = np.searchsorted(number[order], np.arange(count))
+    r = np.maximum.reduceat(rows[..., order], starts, axis=-1)
+    c = np.maximum.reduceat(columns[..., order], starts, axis=-1)
+    # Numbers ascend with `outer`: each of its values is a run of them.
+    out = outer[order][starts]
+    runs = np.flatnonzero(np.diff(out, prepend=-1))
+    lengths = np.diff(runs, append=count)
+
+    def spread(values: Array) -> Array:
+        found: Array = np.repeat(values, lengths, axis=-1)
+        return found
+
+    best = spread(np.maximum.reduceat(c, runs, axis=-1))
+    top = c == best
+    second = spread(np.maximum.reduceat(np.where(top, 0.0, c), runs, axis=-1))
+    only = spread(np.add.reduceat(top.astype(np.int64), runs, axis=-1)) == 1
     # The best column may be in the row's own inner domain: then the next best counts.
-    best[starts] = second
-    return float((r[order] * best).max())
+    found: Array = (r * np.where(top & only, second, best)).max(axis=-1)
+    return found
 
 
 def make_part(level: str, bytes_: Array, flows: Array, largest: float) -> Part:

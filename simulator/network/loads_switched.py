@@ -27,7 +27,8 @@ TIERS = ("leaf", "spine", "core")
 class Ports:
     """What flows of one level put on the ports of devices (D each) and between pairs (domains x links of one).
 
-    `up` are ports inside the domain (NVLink), `nic` the network cards; first row bytes, second row flows.
+    `up` are ports inside the domain (NVLink), `nic` the network cards; first row bytes, second row flows. Several
+    patterns of loads among the same devices are a further axis in the middle (B), and `largest` has one for each.
     """
 
     level: str
@@ -36,48 +37,72 @@ class Ports:
     nic_out: Array
     nic_in: Array
     mesh: list[Array] = field(default_factory=list)
-    largest: float = 0.0
+    largest: float | Array = 0.0
 
     def part(
         self,
-        t: Topology,
+        links: int,
         layout: SwitchedLayout,
         up_scale: float = 1.0,
         nic_scale: float = 1.0,
         merged: float = 1.0,
     ) -> Part:
         """The part with bytes of ports inside the domain and of network cards scaled; `merged` flows are one there."""
+        bytes_, flows, scale = self._dense(links, layout, up_scale, nic_scale, merged)
+        return make_part(self.level, bytes_, flows, float(scale * self.largest))
+
+    def parts(
+        self,
+        links: int,
+        layout: SwitchedLayout,
+        up_scale: float = 1.0,
+        nic_scale: float = 1.0,
+        merged: float = 1.0,
+    ) -> list[Part]:
+        """The same of several patterns at once; where they use the same links, they share the list of these."""
+        bytes_BL, flows_BL, scale = self._dense(links, layout, up_scale, nic_scale, merged)
+        largest = (scale * np.asarray(self.largest)).tolist()
+        used = np.flatnonzero(bytes_BL[0])
+        if ((bytes_BL != 0) != (bytes_BL[0] != 0)).any() or (flows_BL != flows_BL[0]).any():
+            return [make_part(self.level, *x) for x in zip(bytes_BL, flows_BL, largest, strict=True)]
+        flows = flows_BL[0, used]
+        return [Part(self.level, used, b, flows, x) for b, x in zip(bytes_BL[:, used], largest, strict=True)]
+
+    def _dense(
+        self, links: int, layout: SwitchedLayout, up_scale: float, nic_scale: float, merged: float
+    ) -> tuple[Array, Array, float]:
+        """Bytes and flows on every link, and the factor on the largest flow."""
         dense = []
         for i in range(2):
             up, nic = (up_scale, nic_scale) if i == 0 else (1.0, 1 / merged)
-            out = np.zeros(t.links)
+            out = np.zeros((*self.up_out.shape[1:-1], links))
             if layout.up_out.size:
-                out[layout.up_out], out[layout.up_in] = up * self.up_out[i], up * self.up_in[i]
+                out[..., layout.up_out], out[..., layout.up_in] = up * self.up_out[i], up * self.up_in[i]
             if self.mesh:
-                out[layout.mesh] = up * self.mesh[i]
+                out[..., layout.mesh] = up * self.mesh[i]
             if layout.nic_out.size:
-                out[layout.nic_out], out[layout.nic_in] = nic * self.nic_out[i], nic * self.nic_in[i]
+                out[..., layout.nic_out], out[..., layout.nic_in] = nic * self.nic_out[i], nic * self.nic_in[i]
             if self.level in ("spine", "core"):
                 _above(layout, self.level, nic * self.nic_out[i], out, layout.leaf_up, layout.core_up)
                 _above(layout, self.level, nic * self.nic_in[i], out, layout.leaf_down, layout.core_down)
             dense.append(out)
-        scale = up_scale if self.level == layout.up_name else nic_scale * merged
         # Differences of sums leave crumbs where nothing is sent.
-        return make_part(self.level, np.where(dense[1] > 1e-9, dense[0], 0.0), dense[1], scale * self.largest)
+        scale = up_scale if self.level == layout.up_name else nic_scale * merged
+        return np.where(dense[1] > 1e-9, dense[0], 0.0), dense[1], scale
 
 
 def _above(layout: SwitchedLayout, level: str, ports: Array, out: Array, leaf_links: Index, core_links: Index) -> None:
     """Spread what the cards of each leaf send (or get) over its spines, and of each pod over its cores."""
     by_leaf = sums(layout.leaf, ports, layout.pod.size)
-    out[leaf_links] = (by_leaf / leaf_links.shape[1])[:, None]
+    out[..., leaf_links] = (by_leaf / leaf_links.shape[1])[..., None]
     if level == "core":
         pods, spines, cores = core_links.shape
-        out[core_links] = (sums(layout.pod, by_leaf, pods) / (spines * cores))[:, None, None]
+        out[..., core_links] = (sums(layout.pod, by_leaf, pods) / (spines * cores))[..., None, None]
 
 
-def empty_ports(t: Topology, level: str) -> Ports:
-    """Ports that nothing crosses."""
-    shape = (2, t.devices)
+def empty_ports(layout: SwitchedLayout, level: str, several: tuple[int, ...] = ()) -> Ports:
+    """Ports that nothing crosses; `several` patterns at once."""
+    shape = (2, *several, layout.devices)
     return Ports(level, np.zeros(shape), np.zeros(shape), np.zeros(shape), np.zeros(shape))
 
 
@@ -85,14 +110,12 @@ def of_flows(
     t: Topology, layout: SwitchedLayout, source: Index, target: Index, amount: Array, rail: str
 ) -> tuple[Part, ...]:
     """Parts of flows (Z) between different devices."""
-    return tuple(p.part(t, layout) for p in flow_ports(t, layout, source, target, amount, rail))
+    return tuple(p.part(t.links, layout) for p in flow_ports(layout, source, target, amount, rail))
 
 
-def flow_ports(
-    t: Topology, layout: SwitchedLayout, source: Index, target: Index, amount: Array, rail: str
-) -> list[Ports]:
+def flow_ports(layout: SwitchedLayout, source: Index, target: Index, amount: Array, rail: str) -> list[Ports]:
     """Ports of flows (Z), level by level."""
-    m, rails, n = layout.domain, layout.rails, t.devices
+    m, rails, n = layout.domain, layout.rails, layout.devices
     inside = source // m == target // m
     # Links between pairs have no port to forward through: what changes the rail there goes through the spines.
     rail = rail if layout.up_out.size else "direct"
@@ -111,7 +134,7 @@ def flow_ports(
     for level, mask in ((layout.up_name, inside), *((name, ~inside & (tier == i)) for i, name in enumerate(TIERS))):
         if not mask.any():
             continue
-        ports = empty_ports(t, level)
+        ports = empty_ports(layout, level)
         ports.largest = float(amount[mask].max())
         s, d, a, b = source[mask], target[mask], first[mask], last[mask]
         for i, weight in enumerate((amount[mask], np.ones(int(mask.sum())))):
@@ -140,83 +163,81 @@ def of_product(
     t: Topology, layout: SwitchedLayout, rows: Array, columns: Array, group: Index, rail: str
 ) -> tuple[Part, ...]:
     """Parts where i sends rows[i] * columns[j] to every other j of its group (D each)."""
-    return tuple(p.part(t, layout) for p in product_ports(t, layout, rows, columns, group, rail))
+    return tuple(p.part(t.links, layout) for p in product_ports(layout, rows, columns, group, rail))
 
 
-def product_ports(
-    t: Topology, layout: SwitchedLayout, rows: Array, columns: Array, group: Index, rail: str
-) -> list[Ports]:
-    """Ports where i sends rows[i] * columns[j] to every other j of its group (D each), level by level."""
-    member = np.flatnonzero((group >= 0) & ((rows > 0) | (columns > 0)))
+def product_ports(layout: SwitchedLayout, rows: Array, columns: Array, group: Index, rail: str) -> list[Ports]:
+    """Ports where i sends rows[i] * columns[j] to every other j of its group (D each), level by level.
+
+    Rows and columns may be several (B x D), for as many patterns of loads at once.
+    """
+    busy = (rows > 0) | (columns > 0)
+    member = np.flatnonzero((group >= 0) & busy.reshape(-1, busy.shape[-1]).any(axis=0))
     if not member.size:
         return []
-    r, c = rows[member], columns[member]
+    r, c = np.broadcast_arrays(rows[..., member], columns[..., member])
     everyone, _ = compact(group[member])
     node, _ = compact(everyone, member // layout.domain)
     found = []
-    inner = _inside(t, layout, member, r, c, node)
-    if inner.largest:
+    inner = _inside(layout, member, r, c, node)
+    if np.any(inner.largest):
         found.append(inner)
     if layout.leaf.size:
         rail = rail if layout.up_out.size else "direct"
         if rail == "direct":
-            found += _direct(t, layout, member, r, c, everyone, node)
+            found += _direct(layout, member, r, c, everyone, node)
         elif rail == "pxn":
-            found += _rails(t, layout, member, r, c, everyone, node)
+            found += _rails(layout, member, r, c, everyone, node)
         else:
             # Forwarding at the destination is forwarding at the source, with all traffic reversed.
-            for p in _rails(t, layout, member, c, r, everyone, node):
+            for p in _rails(layout, member, c, r, everyone, node):
                 p.up_out, p.up_in, p.nic_out, p.nic_in = p.up_in, p.up_out, p.nic_in, p.nic_out
                 found.append(p)
     return found
 
 
-def _inside(t: Topology, layout: SwitchedLayout, member: Index, r: Array, c: Array, node: Index) -> Ports:
+def _inside(layout: SwitchedLayout, member: Index, r: Array, c: Array, node: Index) -> Ports:
     """Traffic within domains."""
-    ports = empty_ports(t, layout.up_name)
+    ports = empty_ports(layout, layout.up_name, r.shape[:-1])
     ports.largest = largest_product(r, c, node, member)
-    if not ports.largest:
+    if not np.any(ports.largest):
         return ports
     m = layout.domain
     weights = ((r, c), (np.sign(r), np.sign(c)))
     if layout.crossbar:
         for i, (x, y) in enumerate(weights):
-            ports.up_out[i, member] = x * (sums(node, y)[node] - y)
-            ports.up_in[i, member] = y * (sums(node, x)[node] - x)
+            ports.up_out[i][..., member] = x * (sums(node, y)[..., node] - y)
+            ports.up_in[i][..., member] = y * (sums(node, x)[..., node] - x)
         return ports
     a, b = pairs_within(node, node)
     pair = member[a] * m + member[b] % m
     for x, y in weights:
-        matrix = sums(pair, x[a] * y[b], t.devices * m).reshape(-1, m * m)
+        matrix = sums(pair, x[..., a] * y[..., b], layout.devices * m).reshape(*x.shape[:-1], -1, m * m)
         ports.mesh.append(matrix @ layout.mesh_share)
     return ports
 
 
-def _direct(
-    t: Topology, layout: SwitchedLayout, member: Index, r: Array, c: Array, everyone: Index, node: Index
-) -> list[Ports]:
+def _direct(layout: SwitchedLayout, member: Index, r: Array, c: Array, everyone: Index, node: Index) -> list[Ports]:
     """Traffic between domains, each flow from card to card."""
     leaf = layout.leaf[member]
     on_leaf, _ = compact(everyone, leaf)
     in_pod, _ = compact(everyone, layout.pod[leaf])
     beside, _ = compact(node, leaf)
-    ports = [empty_ports(t, level) for level in TIERS]
+    ports = [empty_ports(layout, level, r.shape[:-1]) for level in TIERS]
     for i, (x, y) in enumerate(((r, c), (np.sign(r), np.sign(c)))):
         for mine, other, side in ((x, y, "nic_out"), (y, x, "nic_in")):
-            near, own, pod, whole, mates = (sums(k, other)[k] for k in (on_leaf, node, in_pod, everyone, beside))
+            near, own, pod, whole, mates = (sums(k, other)[..., k] for k in (on_leaf, node, in_pod, everyone, beside))
             for p, reach in zip(ports, (near - mates, pod - own - (near - mates), whole - pod), strict=True):
-                getattr(p, side)[i, member] = mine * reach
+                getattr(p, side)[i][..., member] = mine * reach
     ports[0].largest = largest_product(r, c, on_leaf, node)
     ports[1].largest = largest_product(r, c, in_pod, on_leaf)
     ports[2].largest = largest_product(r, c, everyone, in_pod)
     return _cleaned(ports)
 
 
-def _rails(
-    t: Topology, layout: SwitchedLayout, member: Index, r: Array, c: Array, everyone: Index, node: Index
-) -> list[Ports]:
+def _rails(layout: SwitchedLayout, member: Index, r: Array, c: Array, everyone: Index, node: Index) -> list[Ports]:
     """Traffic between domains, over NVLink to the own host's device on the destination's rail, then along that rail."""
-    n, rails = t.devices, layout.rails
+    n, rails, lead = layout.devices, layout.rails, r.shape[:-1]
     rail, host = member % rails, member // rails
     leaf = layout.leaf[member]
     unit, units = compact(everyone, leaf // rails)
@@ -227,23 +248,23 @@ def _rails(
     of_host = np.zeros(hosts, dtype=np.int64)
     of_host[at_host] = np.arange(member.size)
     proxy = (host[of_host] * rails)[:, None] + np.arange(rails)
-    ports = [empty_ports(t, level) for level in TIERS]
+    ports = [empty_ports(layout, level, r.shape[:-1]) for level in TIERS]
     for i, (x, y) in enumerate(((r, c), (np.sign(r), np.sign(c)))):
         wanted = [
-            sums(key * rails + rail, y, count * rails).reshape(count, rails)[key[of_host]]
+            sums(key * rails + rail, y, count * rails).reshape(*lead, count, rails)[..., key[of_host], :]
             for key, count in ((node, nodes), (unit, units), (pod, pods), (everyone, groups))
         ]
-        offered = [sums(key, x)[key] for key in (node, unit, pod, everyone)]
+        offered = [sums(key, x)[..., key] for key in (node, unit, pod, everyone)]
         from_host = sums(at_host, x)
-        own_rail = sums(at_host * rails + rail, x, hosts * rails).reshape(hosts, rails)
+        own_rail = sums(at_host * rails + rail, x, hosts * rails).reshape(*lead, hosts, rails)
         for tier, p in enumerate(ports):
             # Bytes per unit of weight that host H wants to send along rail R: shape H x R.
             reach = wanted[tier + 1] - wanted[tier]
-            p.nic_out[i] = sums(proxy.ravel(), (from_host[:, None] * reach).ravel(), n)
-            p.nic_in[i, member] = y * (offered[tier + 1] - offered[tier])
-            hop = (from_host[:, None] - own_rail) * reach
-            p.up_in[i] = sums(proxy.ravel(), hop.ravel(), n)
-            p.up_out[i, member] = x * (reach.sum(axis=1)[at_host] - reach[at_host, rail])
+            p.nic_out[i] = sums(proxy.ravel(), (from_host[..., None] * reach).reshape(*lead, -1), n)
+            p.nic_in[i][..., member] = y * (offered[tier + 1] - offered[tier])
+            hop = (from_host[..., None] - own_rail) * reach
+            p.up_in[i] = sums(proxy.ravel(), hop.reshape(*lead, -1), n)
+            p.up_out[i][..., member] = x * (reach.sum(axis=-1)[..., at_host] - reach[..., at_host, rail])
     for tier, (outer, inner) in enumerate(((unit, node), (pod, unit), (everyone, pod))):
         ports[tier].largest = largest_product(r, c, outer, inner)
     return _cleaned(ports)
@@ -253,9 +274,9 @@ def _cleaned(ports: list[Ports]) -> list[Ports]:
     """Without levels that nothing crosses, and without the crumbs that differences of sums leave."""
     kept = []
     for p in ports:
-        if p.largest:
+        if np.any(p.largest):
             for values in (p.up_out, p.up_in, p.nic_out, p.nic_in):
-                values[:, values[1] < 1e-9] = 0.0
+                np.multiply(values, values[1] >= 1e-9, out=values)
             if p.nic_out[0].any():
                 kept.append(p)
     return kept

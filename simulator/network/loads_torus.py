@@ -190,7 +190,7 @@ def of_product(t: Topology, layout: TorusLayout, rows: Array, columns: Array, gr
     on_chip, _ = compact(here, chip)
     found = []
     for name, outer, inner in (("chip", on_chip, member), ("ICI", here, chip), ("DCN", everyone, chip // chips)):
-        largest = largest_product(r, c, outer, inner)
+        largest = float(largest_product(r, c, outer, inner))
         if not largest:
             continue
         excluded, _ = compact(outer, inner)

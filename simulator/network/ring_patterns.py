@@ -149,13 +149,13 @@ def node_rings(t: Topology, layout: SwitchedLayout, members: Index, bytes_: floa
         entry = first[row, (ordinal + 1) % nodes[:, None]] + place
         source, target = members[leaves], members[row[leaves], entry[leaves]]
         each = np.broadcast_to(amount / rings, members.shape)[leaves]
-        found += flow_ports(t, layout, source, target, each, "direct")
+        found += flow_ports(layout, source, target, each, "direct")
     return found
 
 
 def _inside(t: Topology, layout: SwitchedLayout, members: Index, mates: Index, key: Index, amount: float) -> Ports:
     """Ports of what passes on inside nodes: `mates` members of the group share the node, which is number `key`."""
-    ports = empty_ports(t, layout.up_name)
+    ports = empty_ports(layout, layout.up_name)
     ports.largest = amount
     busy = members[mates > 1]
     if layout.crossbar:

@@ -6,6 +6,9 @@ ops' own memory traffic.
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from dataclasses import replace
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -27,11 +30,15 @@ from simulator.network.ring_patterns import (
     joined,
     node_rings,
 )
+from simulator.network.sublayouts import Near, near
 from simulator.network.topology import Topology
 
 Array = NDArray[np.float64]
 Index = NDArray[np.int64]
 
+
+# Surroundings of groups that are remembered.
+KEPT = 1024
 
 # Groups that lie in one domain add in its switch, those across a border form rings.
 IN_SWITCH_WHERE_POSSIBLE = "in-switch where possible"
@@ -44,6 +51,7 @@ class PartMaker:
         self.cluster, self.topology = cluster, topology
         # NCCL forwards over NVLink to the rail of the destination (PXN); elsewhere cards send to cards directly.
         self.rail: Rail = "pxn" if cluster.chip.scale_up.kind == "nvswitch" else "direct"
+        self._near: OrderedDict[bytes, Near | None] = OrderedDict()
 
     def efficiency(self, level: str, kind: str) -> float:
         """The share of a level's rate that collectives of `kind` reach."""
@@ -68,14 +76,51 @@ class PartMaker:
 
     def product(self, members: Index, rows: Array, columns: Array, transport: str, between: float) -> tuple[Part, ...]:
         """All-to-alls in groups (G x k) where i sends rows[i] * columns[j] bytes to j (D each)."""
-        group = np.full(self.cluster.devices, -1)
+        return self.products(members, rows[None], columns[None], transport, between)[0]
+
+    def products(
+        self, members: Index, rows: Array, columns: Array, transport: str, between: float
+    ) -> list[tuple[Part, ...]]:
+        """The same for several patterns of loads at once (B x D each, or one row for all)."""
+        layout, devices = self.topology.layout, self.cluster.devices
+        place = self.around(layout, members) if isinstance(layout, SwitchedLayout) else None
+        if place is not None:
+            layout, devices = place.layout, place.devices.size
+            rows, columns, members = rows[:, place.devices], columns[:, place.devices], place.own(members)
+        group = np.full(devices, -1)
         group[members] = np.arange(len(members))[:, None]
-        layout = self.topology.layout
+        rows, columns = np.broadcast_arrays(rows, columns)
         if not isinstance(layout, SwitchedLayout):
-            return self._finished(rank_one_loads(self.topology, rows, columns, group).parts, "all_to_all")
+            found = [rank_one_loads(self.topology, r, c, group).parts for r, c in zip(rows, columns, strict=True)]
+            return [self._finished(parts, "all_to_all") for parts in found]
         rail: Rail = self.rail if transport == "collective" else "forward"
-        ports = product_ports(self.topology, layout, rows, columns, group, rail)
-        return self._of_ports(layout, ports, "all_to_all", transport, between, members)
+        if len(rows) == 1:
+            ports = product_ports(layout, rows[0], columns[0], group, rail)
+            return [self._of_ports(layout, ports, "all_to_all", transport, between, members, place)]
+        ports = product_ports(layout, rows, columns, group, rail)
+        several: list[list[Part]] = [[] for _ in rows]
+        for p, scales in self._scales(layout, ports, "all_to_all", transport, between, members):
+            parts = p.parts(self.topology.links if place is None else place.links, layout, *scales)
+            known: dict[int, Index] = {}
+            for out, part in zip(several, parts, strict=True):
+                if place is None:
+                    out.append(part)
+                    continue
+                links = known.get(id(part.links))
+                if links is None:
+                    links = known[id(part.links)] = place.link_ids[part.links]
+                out.append(replace(part, links=links))
+        return [tuple(parts) for parts in several]
+
+    def around(self, layout: SwitchedLayout, members: Index) -> Near | None:
+        """The network around groups; the last ones asked for are remembered."""
+        key = members.tobytes()
+        if key not in self._near:
+            self._near[key] = near(layout, members)
+            if len(self._near) > KEPT:
+                self._near.popitem(last=False)
+        self._near.move_to_end(key)
+        return self._near[key]
 
     def flows(
         self,
@@ -92,7 +137,7 @@ class PartMaker:
             return self._finished(flow_loads(self.topology, source, target, amount).parts, kind)
         sends = (source != target) & (amount > 0)
         rail: Rail = self.rail if transport == "collective" else "forward"
-        ports = flow_ports(self.topology, layout, source[sends], target[sends], amount[sends], rail)
+        ports = flow_ports(layout, source[sends], target[sends], amount[sends], rail)
         return self._of_ports(layout, ports, kind, transport, between, members)
 
     def _of_ports(
@@ -103,23 +148,41 @@ class PartMaker:
         transport: str = "collective",
         between: float = 1.0,
         members: Index | None = None,
+        place: Near | None = None,
     ) -> tuple[Part, ...]:
+        links = self.topology.links if place is None else place.links
+        scaled = self._scales(layout, ports, kind, transport, between, members)
+        out = [p.part(links, layout, *scales) for p, scales in scaled]
+        if place is not None:
+            out = [replace(p, links=place.link_ids[p.links]) for p in out]
+        return tuple(out)
+
+    def _scales(
+        self,
+        layout: SwitchedLayout,
+        ports: list[Ports],
+        kind: str,
+        transport: str,
+        between: float,
+        members: Index | None,
+    ) -> list[tuple[Ports, tuple[float, float, float]]]:
+        """Ports of each level, with the factors on bytes inside a domain and on cards, and how many flows are one."""
         inside = 1 / self.efficiency(layout.up_name, kind)
         out = []
         for p in ports:
             if p.level == layout.up_name:
-                out.append(p.part(self.topology, layout, inside))
+                out.append((p, (inside, 1.0, 1.0)))
                 continue
             across = between / self.efficiency(layout.out_name, kind)
             if not across:
                 continue
             if transport == "collective" or members is None:
-                out.append(p.part(self.topology, layout, across, across))
+                out.append((p, (across, across, 1.0)))
                 continue
             # One flow to a node, instead of one to each member there.
             mates = members.shape[1] / np.unique(members[0] // layout.domain).size
-            out.append(p.part(self.topology, layout, inside, across, mates))
-        return tuple(out)
+            out.append((p, (inside, across, mates)))
+        return out
 
     def two_levels(self, members: Index, between: float) -> tuple[Part, ...]:
         """First within the fast domain, to the member in the place of the destination; then between equal places."""
@@ -161,7 +224,11 @@ class PartMaker:
                 added_up = self._in_switch(layout, members[inside]) if inside.any() else ()
                 across = self.rings(kind, "ring", members[~inside])[0] if not inside.all() else ()
                 return added(self.topology, [Loads(self.topology.links, p) for p in (added_up, across)]).parts, False
-            return self._of_ports(layout, node_rings(self.topology, layout, members, passes), kind), False
+            place = self.around(layout, members) if layout.crossbar else None
+            if place is not None:
+                layout, members = place.layout, place.own(members)
+            ports = node_rings(self.topology, layout, members, passes)
+            return self._of_ports(layout, ports, kind, place=place), False
         if algorithm == "in-switch":
             raise QuestionError(f"algorithm = 'in-switch': {self.topology.name} has no switch that adds")
         if not isinstance(layout, TorusLayout) or layout.twisted:

@@ -162,6 +162,27 @@ class Templates:
             out += self._make.product(members, *ends, transport, between)
         return tuple(out)
 
+    def uneven_several(
+        self,
+        size: int,
+        stride: int,
+        groups: tuple[int, ...],
+        loads_BR: Array,
+        to_experts: bool,
+        transport: Transport = "collective",
+        between: float = 1.0,
+    ) -> list[tuple[Part, ...]]:
+        """`uneven`, not fine, for several loads at once: each of the same network around the same groups."""
+        if not (loads_BR > 0).all():
+            # Who gets nothing has no flows.
+            return [self.uneven(size, stride, groups, x, to_experts, transport, between) for x in loads_BR]
+        members = self.members(size, stride)[list(groups)]
+        plain = self._spread(members, np.full(size, 1.0 / size), "shares")[None]
+        busy = np.zeros((len(loads_BR), self.cluster.devices))
+        busy[:, members] = loads_BR[:, None, :]
+        rows, columns = (plain, busy) if to_experts else (busy, plain)
+        return self._make.products(members, rows, columns, transport, between)
+
     def start(self, kind: str, size: int, stride: int, between: float, bytes_: float) -> tuple[float, float]:
         """Latency (s) of one call with `bytes_`, and the factor on its bytes that the library's protocol costs."""
         return self._starts.of(kind, None, size, stride, between, bytes_)

@@ -48,8 +48,15 @@ class FluidProcess:
         """
         flight = self.fluid.start(coflow, self._now())
         event = self._events[flight] = self.env.event()
-        self._wake(flight.ready)
+        self._wake(self.fluid.due(flight))
         return event
+
+    def contends(self, coflow: Coflow) -> bool:
+        """Whether `coflow`, started now, would share a link with bytes in flight."""
+        # Whatever ended before now was told of.
+        if self.fluid.now < self._now() - 1:
+            self.fluid.advance(self._now() - 1)
+        return self.fluid.contends(coflow)
 
     def _now(self) -> int:
         now = self.env.now
