@@ -86,8 +86,13 @@ def ffn_work(
     stream_tokens: Number,
     hidden: int,
     tensor: Number,
+    last: bool = True,
 ) -> None:
-    """Append a dense feed-forward sublayer: norm, network, residual sum, tensor collectives."""
+    """Append a dense feed-forward sublayer: norm, network, residual sum, tensor collectives.
+
+    `last`: nothing follows in the layer, so that a backward pass that remakes the layer does without the network's
+    result.
+    """
     start = len(work.ops)
     residual = stream_tokens * hidden * habits.activation_bytes
     work.ops.append(
@@ -100,7 +105,7 @@ def ffn_work(
         )
     )
     work.ops.extend(
-        ffn_ops(prefix, ffn, habits, rows=tokens, hidden=hidden, split=tensor, dead=not habits.recompute_dead)
+        ffn_ops(prefix, ffn, habits, rows=tokens, hidden=hidden, split=tensor, dead=last and not habits.recompute_dead)
     )
     if habits.quantises:
         add_casts(work.ops, start, f"{prefix}.casts")

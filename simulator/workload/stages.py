@@ -125,6 +125,7 @@ class _Builder:
                 stream_tokens=stream_tokens,
                 hidden=h,
                 tensor=d.tensor,
+                last=layer.moe is None,
             )
         p = layer_parameters(layer, model)
         split = (p.mixer + p.cross_attention + p.ffn + p.shared) / d.tensor + p.router + p.norms
