@@ -55,7 +55,7 @@ CODE_BASES: dict[str, tuple[Callable[[int, int, int, float], int], dict[str, Any
     # A ceiling of its own before the factor.
     "maxtext": (lambda n, e, k, c: int(max(math.ceil(n * k / e) * c, c)), {"basis": "assignments"}, (-2, 0)),
     # k times the slots of one choice: rounded down k times, and N / E rounded up before.
-    "tutel": (lambda n, e, k, c: k * int(c * math.ceil(n / e)), {"basis": "assignments"}, (-9, 3)),
+    "tutel": (lambda n, e, k, c: k * int(c * math.ceil(n / e)), {"basis": "assignments"}, (-9, 4)),
     "fastmoe": (lambda n, e, k, c: math.ceil(c * n / e), {"basis": "tokens", "rounding": "ceil"}, (0, 0)),
 }  # fmt: skip
 
