@@ -27,8 +27,10 @@ class Level:
     """One tier of a switched network: within groups of `devices` consecutive devices, each sends at `bytes_per_s`.
 
     `latency_s` is one step of a collective algorithm over this level as the framework sees it. Efficiencies are the
-    achieved fraction of `bytes_per_s`; `in_switch_efficiency` is 0 where the switch does not add. `ring` (all-gather
-    and reduce-scatter), `all_reduce`, `in_switch`, `all_to_all` hold what was measured beyond latency and efficiency.
+    achieved fraction of `bytes_per_s`; `in_switch_efficiency` is 0 where the switch does not add. Between domains
+    `bytes_per_s` is the card's, and `oversubscription` is the rate of the cards below a leaf over what leads up from
+    it. `ring` (all-gather and reduce-scatter), `all_reduce`, `in_switch`, `all_to_all` hold what was measured beyond
+    latency and efficiency.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Level:
     ring_efficiency: float
     all_to_all_efficiency: float
     in_switch_efficiency: float = 0.0
+    oversubscription: float = 1.0
     ring: Protocols | None = None
     all_reduce: Protocols | None = None
     in_switch: Protocols | None = None

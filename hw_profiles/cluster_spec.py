@@ -44,7 +44,7 @@ class ClusterSpec(Record):
     racks: Count | None = Field(None, description="NVL72: number of racks")
     devices_per_domain: Count | None = Field(None, description="NVL72: devices used in each rack; default all")
     oversubscription: Annotated[float, Field(ge=1, le=1000, allow_inf_nan=False)] | None = Field(
-        None, description="GPU: how much thinner the network is above the first switch; default 1"
+        None, description="GPU: cards below a leaf switch over what leads up from it; default 1"
     )
     devices: Count | None = Field(None, description="cpu-host: JAX devices")
 

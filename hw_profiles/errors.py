@@ -10,6 +10,14 @@ class QuestionError(ValueError):
     """The question is wrong: one line naming field, value and rule. The command line exits with 2."""
 
 
+class WorkFailed(RuntimeError):
+    """The work failed though the question was right (a run died, a disk is full): one line. Exit code 4."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Somebody stopped a run, which saved what it had first: one line. Exit code 130."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """`; did you mean 'x'?` for the known name nearest to `name`, or an empty string."""
     by_lower = {k.lower(): k for k in known}

@@ -214,10 +214,11 @@ def _scale_out(chip: Chip, devices: int, oversubscription: float, unit: str) -> 
     return Level(
         name=_SCALE_OUT_NAMES[out.kind],
         devices=devices,
-        bytes_per_s=out.nic_gb_per_s.value * 1e9 / chip.devices_per_chip / oversubscription,
+        bytes_per_s=out.nic_gb_per_s.value * 1e9 / chip.devices_per_chip,
         latency_s=out.latency_us.value * 1e-6,
         ring_efficiency=out.ring_efficiency.value,
         all_to_all_efficiency=out.all_to_all_efficiency.value,
+        oversubscription=oversubscription,
         **_protocols(out),
     )
 

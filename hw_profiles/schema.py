@@ -205,6 +205,7 @@ class Chip(Record):
     efficiency: Efficiency
     scale_up: ScaleUp
     scale_out: ScaleOut | None = None
+    host_launch_us: Quantity | None = None
     host_link_gb_per_s: Quantity | None = None
     overlap_slowdown: Quantity
     power_tdp_w: Quantity | None = None

@@ -108,6 +108,16 @@ def read_text(path: Path, where: str = "") -> str:
     return text
 
 
+def inside(name: str, folder: Path, start: str, rule: str = "must lie in the job's folder") -> Path:
+    """`name` under `folder`; QuestionError, `start` and `rule`, where it leaves it, or where it is no path at all."""
+    try:
+        if (folder / name).resolve().is_relative_to(folder.resolve()):
+            return folder / name
+    except (OSError, RuntimeError, ValueError):
+        rule = "not a path: it has a loop, a NUL character or a name too long"
+    raise QuestionError(f"{start}: {rule}")
+
+
 def read_yaml(path: Path) -> Any:
     """The data in the file `path`; QuestionError for a missing, large, binary or malformed file."""
     return parse_yaml(read_text(path), str(path))

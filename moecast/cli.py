@@ -17,15 +17,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from hw_profiles.errors import QuestionError
-from moecast import programs
+from hw_profiles.errors import QuestionError, WorkFailed
+from moecast import programs, train
+from moecast.progress import FAILED, INTERRUPTED, NO, busy
 
 if TYPE_CHECKING:
     from hw_profiles.schema import Chip
     from simulator.analysis.event_options import EventOptions
     from simulator.results.forecast import Forecast
 
-NO, FAILED, INTERRUPTED = 3, 4, 130
 LONGEST_LINE = 600
 
 
@@ -131,7 +131,7 @@ def forecast(
     options = _options(straggler, slow_link, seed, fold, topology)
     answers = []
     for i, path in enumerate(jobs):
-        with _busy(f"forecasting {path.stem}" + (f", {i + 1} of {len(jobs)}" if len(jobs) > 1 else "")):
+        with busy(f"forecasting {path.stem}" + (f", {i + 1} of {len(jobs)}" if len(jobs) > 1 else "")):
             answers.append(_answer(path, set_ or (), engine, chip, profile, options))
     if html is not None:
         _write_page(answers, html)
@@ -197,18 +197,6 @@ def _answer(
         job = load_job(path, changes)
         name = str(profile) if profile else None
         return forecast(job, engine=engine, chip=chip, profile=name, options=options, folder=path.parent)
-
-
-@contextmanager
-def _busy(doing: str) -> Iterator[None]:
-    """Say on a terminal what takes its time; nothing where standard error is a file or a pipe."""
-    if not sys.stderr.isatty():
-        yield
-        return
-    from rich.console import Console
-
-    with Console(stderr=True).status(doing):
-        yield
 
 
 @contextmanager
@@ -336,6 +324,7 @@ def schema(as_json: Json = True) -> None:
 
 
 programs.register(app)
+train.register(app)
 
 
 def _complain(text: str) -> None:
@@ -371,6 +360,10 @@ def main() -> None:
     except QuestionError as error:
         _complain(str(error))
         raise SystemExit(2) from None
+    except WorkFailed as error:
+        _let_go()
+        _complain(str(error))
+        raise SystemExit(FAILED) from None
     except KeyboardInterrupt:
         raise SystemExit(INTERRUPTED) from None
     except BrokenPipeError:

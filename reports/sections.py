@@ -8,7 +8,7 @@ from __future__ import annotations
 import html
 from collections.abc import Callable, Sequence
 
-from reports import figures, tables, timeline_tables, units
+from reports import figures, tables, timeline_tables, topology, units
 from reports import timeline as timeline_figures
 from reports.draw import figure_html
 from reports.parts import devices, misfit_text, plan_line
@@ -171,7 +171,7 @@ def memory_over_time(forecast: Forecast, anchor: str) -> str:
 
 
 def links(forecast: Forecast, anchor: str) -> str:
-    """The busiest links."""
+    """Load on the network, and its busiest links."""
     busiest = forecast.events.links if forecast.events else ()
     if not busiest and forecast.timeline is not None:
         busiest = forecast.timeline.links
@@ -180,7 +180,12 @@ def links(forecast: Forecast, anchor: str) -> str:
         return ""
     said = "The share of the step that a link's bytes take at its full rate."
     drawn = figure_html(figure, f"{anchor}-links-figure", said)
-    return _block(f"{anchor}-links", "Busiest links", _pair(drawn, timeline_tables.links(busiest)))
+    network = forecast.timeline.network if forecast.timeline is not None else None
+    whole = ""
+    if network is not None and network.links:
+        said = f"Links by the share of the step that they are busy, the busier direction of two. {network.note}"
+        whole = figure_html(topology.network(network), f"{anchor}-network-figure", said)
+    return _block(f"{anchor}-links", "Links", whole, _pair(drawn, timeline_tables.links(busiest)))
 
 
 def critical_path(forecast: Forecast, anchor: str) -> str:

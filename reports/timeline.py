@@ -61,7 +61,7 @@ BINS = 48
 LEVELS = 5
 # On the compute stream, but nothing is worked on.
 IDLE_KINDS = ("host", "imbalance")
-_NETWORK = STREAMS.index("network")
+_COMPUTE, _NETWORK, _HOST = (STREAMS.index(name) for name in ("compute", "network", "host"))
 
 
 def shown_classes(timeline: Timeline) -> list[int]:
@@ -85,7 +85,10 @@ def windows(timeline: Timeline) -> tuple[tuple[float, float], ...]:
 
 
 def gantt(timeline: Timeline) -> Figure:
-    """Every row as a bar: one line per device class, compute above and network below, coloured by kind."""
+    """Every row as a bar: one line per device class, compute above and network below, coloured by kind.
+
+    What the host launches is left out: where the device waits for it, compute shows `host`.
+    """
     classes = shown_classes(timeline)
     factor, unit = units.time_scale(timeline.step_s)
     parts = windows(timeline)
@@ -99,9 +102,10 @@ def gantt(timeline: Timeline) -> Figure:
             axis |= {"domain": [0, 0.49] if n == 0 else [0.51, 1], "anchor": "y"}
         fig.update_layout({"xaxis2" if n else "xaxis": axis})
     place = {c: y for y, c in enumerate(classes)}
-    for k in (k for k in range(len(KINDS)) if (timeline.kind == k).any()):
+    shown = timeline.stream != _HOST
+    for k in (k for k in range(len(KINDS)) if ((timeline.kind == k) & shown).any()):
         for n, (low, high) in enumerate(parts):
-            mine = (timeline.kind == k) & (timeline.end_s > low) & (timeline.start_s < high)
+            mine = shown & (timeline.kind == k) & (timeline.end_s > low) & (timeline.start_s < high)
             rows = [i for i in np.flatnonzero(mine).tolist() if int(timeline.device[i]) in place]
             # The legend knows a kind by its first trace; a name without bars would be a legend for nothing.
             if rows or n == 0:
@@ -147,7 +151,7 @@ def _said(timeline: Timeline, i: int) -> str:
 def working(timeline: Timeline, index: int) -> NDArray[np.bool_]:
     """Rows in which device class `index` is in a pass or an update, exposed transfers inside a row included."""
     idle = np.isin(timeline.kind, [KINDS.index(k) for k in IDLE_KINDS])
-    mine: NDArray[np.bool_] = (timeline.device == index) & (timeline.stream != _NETWORK) & ~idle
+    mine: NDArray[np.bool_] = (timeline.device == index) & (timeline.stream == _COMPUTE) & ~idle
     return mine
 
 

@@ -14,7 +14,7 @@ from simulator.results.forecast import Events
 from simulator.results.links import LinkUse
 from simulator.results.timeline import STREAMS, Timeline
 
-_NETWORK = STREAMS.index("network")
+_COMPUTE = STREAMS.index("compute")
 
 
 def classes(timeline: Timeline) -> str:
@@ -24,7 +24,7 @@ def classes(timeline: Timeline) -> str:
     for c in shown_classes(timeline):
         mine = timeline.device == c
         work, busy = _covered(timeline, working(timeline, c)), _covered(timeline, mine)
-        stream = _covered(timeline, mine & (timeline.stream != _NETWORK))
+        stream = _covered(timeline, mine & (timeline.stream == _COMPUTE))
         row = [timeline.classes[c], units.percent(units.share(work, step))]
         # What is a rounding error reads as nothing.
         for value in (work, busy - stream, stream - work, step - busy):

@@ -178,6 +178,21 @@ def gathered_chained(devices: list[Any]) -> Any:
     return _mapped(devices, f, (8, 1), [((8 * 1024, 1024), jnp.bfloat16, P("a")), weight, weight], P("a"))
 
 
+def wide(devices: list[Any]) -> Any:
+    """Two gathered weights and the gradient's scatter over all devices, bf16."""
+
+    def f(x: Any, up: Any, down: Any) -> Any:
+        with jax.named_scope("decoder.parameters.all_gather"):
+            up, down = (lax.all_gather(one, "a", tiled=True) for one in (up, down))
+        with jax.named_scope("decoder.ffn.up"):
+            h = jax.nn.relu(x @ up) @ down
+        with jax.named_scope("decoder.gradients.reduce_scatter"):
+            return lax.psum_scatter(x.T @ h, "a", tiled=True), lax.psum_scatter(h.T @ x, "a", tiled=True)
+
+    specs = [((1024 * len(devices), 1024), jnp.bfloat16, P("a")), *[((1024, 1024), jnp.bfloat16, P("a"))] * 2]
+    return _mapped(devices, f, (len(devices), 1), specs, (P("a"), P("a")))
+
+
 def moe_async(devices: list[Any]) -> Any:
     """A layer's dispatch, expert product and combine in a loop over L layers, with the experts of 8 devices; bf16."""
 
@@ -225,7 +240,7 @@ CPU = (
     all_kinds, merged_sums, bf16_all_to_all, mlp, mlp_remat, mlp_remat_linear_end, nested, batched, two_products,
     branches, until, until_without_products, moe_async,
 )  # fmt: skip
-PROGRAMS = {f.__name__: f for f in (*CPU, gathered_chained, scattered, ragged)}
+PROGRAMS = {f.__name__: f for f in (*CPU, gathered_chained, scattered, ragged, wide)}
 
 
 def kept(text: str) -> str:

@@ -22,10 +22,14 @@ class Instant:
     def __init__(self, env: simpy.Environment) -> None:
         self.env = env
 
-    def transfer(self, t: Transfer, stage: int, group: int) -> simpy.Event:
-        del stage, group
+    def transfer(self, t: Transfer, stage: int, group: int, pattern: object = None) -> simpy.Event:
+        del stage, group, pattern
         ticks = round(t.bytes / TICK_S)
         return self.env.timeout(ticks, value=(self.env.now, self.env.now + ticks))
+
+    def uneven_share(self, event: simpy.Event) -> float:
+        del event
+        return 0.0
 
     def span(self, event: simpy.Event) -> tuple[float, float]:
         begin, end = event.value

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from simulator.network.coflow import Coflow, Part
 from simulator.network.flight import TICK_S, ticks
 from simulator.network.fluid import Fluid
+from simulator.network.splits import quarter, size_class
 
 MIB = 2**20
 Route = list[tuple[int, float]]
@@ -123,7 +124,7 @@ def ring(n: int, bytes_per_endpoint: float, members: Iterable[int] | None = None
 
 @dataclass
 class Collective:
-    """Stages of pair bytes (N, N), one after the other, from `start_s` on; `fine` is the finer split that fits it."""
+    """Stages of pair bytes (N, N), in turn, from `start_s` on; `fine` is the end that sets a flow's size."""
 
     name: str
     stages: list[NDArray[np.float64]]
@@ -134,18 +135,21 @@ class Collective:
 def to_coflow(net: Net, collective: Collective, split: str = "level") -> Coflow:
     """The collective as the product sees it: a part for each stage and level.
 
-    `split` goes further: "fine" also by destination or source, whichever `collective` says, "size" by flows of one
-    size, give or take 5 %. A stage of a chain must be one part, as the record has it: of one level.
+    `split` goes further: "cut" is the product's cut for contention, by classes of size and quarters of the end that
+    does not set it; "end" is by destination or source, whichever sets the size; "size" by classes of size alone. A
+    stage of a chain must be one part, as the record has it: of one level.
     """
     parts = []
     for pairs in collective.stages:
-        groups: dict[tuple[str, int], list[tuple[int, int]]] = {}
-        for s, d in np.argwhere(pairs > 0).tolist():
-            size = round(np.log(pairs[s, d] / pairs.max()) / np.log(1.1))
-            fine = {"level": 0, "destination": d, "source": s}[collective.fine]
-            groups.setdefault((net.level(s, d), {"level": 0, "fine": fine, "size": size}[split]), []).append((s, d))
+        groups: dict[tuple[str, int, int], list[tuple[int, int]]] = {}
+        ends = np.argwhere(pairs > 0)
+        sizes = size_class(pairs[pairs > 0]).tolist()
+        for (s, d), size in zip(ends.tolist(), sizes, strict=True):
+            mine, other = (s, d) if collective.fine == "source" else (d, s)
+            keys = {"level": (0, 0), "end": (mine, 0), "size": (size, 0), "cut": (size, int(quarter(other)))}
+            groups.setdefault((net.level(s, d), *keys[split]), []).append((s, d))
         assert len(collective.stages) == 1 or len(groups) == 1, "a stage of a chain is one part"
-        parts += [_part(net, level, pairs, members) for (level, _), members in sorted(groups.items())]
+        parts += [_part(net, level, pairs, members) for (level, *_), members in sorted(groups.items())]
     return Coflow(collective.name, "test", tuple(parts), chained=len(collective.stages) > 1)
 
 
@@ -289,6 +293,14 @@ def skewed_scenarios(n: int) -> dict[str, list[Collective]]:
             ],
         }
     return out
+
+
+def unrelated_scenarios(n: int) -> dict[str, list[Collective]]:
+    """A dispatch beside the combine of other experts: a hot destination has a source that is busy elsewhere."""
+    return {
+        "Zipf 0.6, 64 MiB, other combine 16": [dispatch(n, 64, 0.6, 1), combine(n, 16, 0.6, 2)],
+        "Zipf 1.0, 64 MiB, other combine 64": [dispatch(n, 64, 1.0, 1), combine(n, 64, 1.0, 2)],
+    }
 
 
 def chance_scenarios(n: int) -> dict[str, list[Collective]]:

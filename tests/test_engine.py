@@ -152,6 +152,22 @@ def test_closed_form_and_events_agree_on_every_schedule(name: str, overlap: bool
     assert abs(alone(BASE | {"plan": PLANS[name], "software": software})) < 0.02
 
 
+@pytest.mark.parametrize("shard", ["gradients", "parameters"])
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("parameters", [False, True])
+@pytest.mark.parametrize("all_to_all", [False, True])
+def test_closed_form_and_events_agree_on_dualpipe_with_sharded_gradients(
+    shard: str, gradients: bool, parameters: bool, all_to_all: bool
+) -> None:
+    """What is reduced and gathered every microbatch hides behind the passes of one action, alone or in pairs."""
+    overlap = {"gradients": gradients, "parameters": parameters, "all_to_all": all_to_all}
+    changes = {"plan": PLANS["dualpipe"] | {"shard": shard}, "software": {"overlap": overlap}}
+    assert abs(alone(BASE | changes)) < 0.02
+    # Cards at a third of their rate: reductions and gathers take longer than the passes.
+    slow = {"cluster": {"chip": {"name": "h100-sxm", "scale_out.nic_gb_per_s": "x0.3"}, "nodes": 8}}
+    assert abs(alone(BASE | changes | slow)) < 0.02
+
+
 @pytest.mark.parametrize("path", EXAMPLES, ids=[p.stem for p in EXAMPLES])
 def test_closed_form_and_events_agree_on_the_examples(path: Path) -> None:
     result = forecast(load_job(path, ["training.routing={model: even}"]), options=EventOptions(contention=False))

@@ -131,7 +131,8 @@ def test_racks_nodes_and_hosts() -> None:
     racks = resolve_cluster({"chip": "gb200", "racks": 4, "devices_per_domain": 64})
     assert [(x.devices, x.bytes_per_s) for x in racks.levels] == [(64, 900e9), (256, 50e9)]
     thin = resolve_cluster({"chip": "h100", "nodes": 128, "oversubscription": 2})
-    assert [(x.devices, x.bytes_per_s) for x in thin.levels] == [(8, 450e9), (1024, 25e9)]
+    assert [(x.devices, x.bytes_per_s) for x in thin.levels] == [(8, 450e9), (1024, 50e9)]
+    assert [x.oversubscription for x in thin.levels] == [1, 2]
     assert len(resolve_cluster({"chip": "b200", "nodes": 1}).levels) == 1
     assert [x.name for x in resolve_cluster("cpu-8").levels] == ["host memory"]
 

@@ -8,6 +8,7 @@ from hw_profiles.cluster import Cluster
 from hw_profiles.loader import resolve_cluster
 from simulator.network.collectives import Network, collective_rate
 from simulator.network.groups import Extent, level_members, torus_group
+from simulator.network.templates import Templates, solo_seconds
 
 V5P = {"chip": "tpu-v5p", "slice": "8x8x8"}
 
@@ -108,10 +109,36 @@ def test_nothing_beats_its_port(spec: str, kind: str) -> None:
 
 
 def test_more_bandwidth_between_nodes_only_helps() -> None:
-    slow = resolve_cluster({"chip": "h100-sxm", "nodes": 4, "oversubscription": 4})
+    slow = resolve_cluster({"chip": {"name": "h100-sxm", "scale_out.nic_gb_per_s": "x0.25"}, "nodes": 4})
     fast = resolve_cluster({"chip": "h100-sxm", "nodes": 4})
     for kind in ("all_reduce", "all_to_all", "permute"):
         assert seconds_per_byte(fast, kind, 32) < seconds_per_byte(slow, kind, 32)
+
+
+@pytest.mark.parametrize("chip", ["h100-sxm", "a100-80", "mi300x"])
+@pytest.mark.parametrize("nodes", [24, 100, 128])
+def test_oversubscription_means_the_same_to_formulas_and_events(chip: str, nodes: int) -> None:
+    """Above the leaves: below them nothing is lost, beyond them formulas take what links of the graph take.
+
+    Units of 20 nodes (A100) are straddled by groups of 8, and the last unit is smaller than the others.
+    """
+    groups = [(8, 8), (64, 1), (4, nodes * 2), (16, 64), (128, 8), (32, 32), (nodes * 8, 1), (2, nodes * 4)]
+    crossed = 0
+    for thin in (1.0, 2.0, 16.0):
+        cluster = resolve_cluster({"chip": chip, "nodes": nodes, "oversubscription": thin})
+        full = resolve_cluster({"chip": chip, "nodes": nodes})
+        templates = Templates(cluster)
+        for kind in ("all_to_all", "all_gather", "all_reduce", "permute"):
+            for size, stride in groups:
+                if cluster.devices % (size * stride):
+                    continue
+                formula = collective_rate(cluster, kind, size, stride).seconds(1e10)
+                events = solo_seconds(templates.collective(kind, size, stride, 1e10), templates.topology)
+                assert formula == pytest.approx(events, rel=0.01), (kind, size, stride, thin)
+                plain = collective_rate(full, kind, size, stride).seconds(1e10)
+                assert plain * 0.999 <= formula <= plain * thin * 1.001
+                crossed += formula > plain * 1.01
+    assert crossed > 0 or (nodes == 24 and chip == "h100-sxm")
 
 
 def test_slices_are_joined_by_the_data_centre_network() -> None:

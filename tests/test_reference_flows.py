@@ -11,8 +11,6 @@ from reference_flows import (
     Net,
     by_coflows,
     chance_scenarios,
-    combine,
-    dispatch,
     even_scenarios,
     simulate,
     skewed_scenarios,
@@ -20,6 +18,7 @@ from reference_flows import (
     to_coflow,
     torus,
     tree,
+    unrelated_scenarios,
 )
 
 NETS = (switch(16), switch(32), switch(64), tree(32, 8, 4), tree(64, 16, 4), torus(4, 4))
@@ -46,30 +45,31 @@ def test_even_collectives_end_with_their_flows(net: Net) -> None:
 
 
 @pytest.mark.parametrize("net", NETS, ids=lambda net: net.name)
-def test_skewed_collectives_end_with_their_flows_if_split_by_destination(net: Net) -> None:
-    """Split by level alone they do not: the other columns are printed to show by how much."""
-    assert table(net, skewed_scenarios(net.endpoints), ("fine", "size", "level"))["fine"] < 0.06
+def test_skewed_collectives_end_with_their_flows_as_the_product_cuts_them(net: Net) -> None:
+    """Split by level alone they do not, nor by one end alone: the other columns are printed to show by how much."""
+    assert table(net, skewed_scenarios(net.endpoints), ("cut", "end", "level"))["cut"] < 0.06
 
 
-@pytest.mark.parametrize("net", [switch(16), tree(32, 8, 4), torus(4, 4)], ids=lambda net: net.name)
-def test_chance_routing_wants_a_split_by_flow_size(net: Net) -> None:
-    """Where every pair differs, a destination's part waits for its largest flow; flows of one size end together."""
-    assert table(net, chance_scenarios(net.endpoints), ("size", "fine", "level"))["size"] < 0.09
+@pytest.mark.parametrize("net", [switch(16), switch(32), tree(32, 8, 4), torus(4, 4)], ids=lambda net: net.name)
+def test_chance_routing_ends_with_its_flows_as_the_product_cuts_it(net: Net) -> None:
+    """Every pair differs: a destination's part waits for its largest flow, flows of one class of size end together."""
+    assert table(net, chance_scenarios(net.endpoints), ("cut", "size", "level"))["cut"] < 0.06
 
 
-def test_a_part_waits_for_its_slowest_flow() -> None:
-    """The limit of one rate for a part: one flow of the hottest destination's part leaves a busy source, all wait."""
-    collectives = [dispatch(64, 64, 0.6, 1), combine(64, 16, 0.6, 2)]
-    exact = simulate(switch(64), collectives)[0]
-    assert 1.05 < by_coflows(switch(64), collectives, "fine")[0] / exact < 1.12
-    assert by_coflows(switch(64), collectives, "level")[0] / exact == pytest.approx(1, abs=0.01)
+@pytest.mark.parametrize(
+    ("net", "bound"), [(switch(32), 0.06), (switch(64), 0.06), (torus(4, 4), 0.07), (tree(32, 8, 4), 0.11)],
+    ids=lambda x: x.name if isinstance(x, Net) else "",
+)  # fmt: skip
+def test_what_is_left_when_a_hot_destination_has_a_source_that_is_busy_elsewhere(net: Net, bound: float) -> None:
+    """The limit of one rate for a part, and a known miss on an oversubscribed tree: up to 10 % where 6 % is wanted."""
+    assert table(net, unrelated_scenarios(net.endpoints), ("cut", "end", "level"))["cut"] < bound
 
 
 def test_reference_helpers_conserve_bytes() -> None:
     net = tree(32, 8, 4)
     for collective in skewed_scenarios(32)["Zipf 0.6 and ring"]:
         totals = []
-        for split in ("level", "fine", "size"):
+        for split in ("level", "cut", "size"):
             load = np.zeros(net.bandwidth.size)
             for p in to_coflow(net, collective, split).parts:
                 load[p.links] += p.bytes

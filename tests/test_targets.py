@@ -80,6 +80,7 @@ def test_a_child_gets_the_devices_and_keeps_other_flags() -> None:
         "HOME": "x",
         "JAX_PLATFORMS": "cpu",
         "TPU_SKIP_MDS_QUERY": "1",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     }
 
 

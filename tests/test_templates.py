@@ -100,8 +100,8 @@ def test_in_flight_alone_and_folded_it_takes_that_long(name: str) -> None:
                 continue
             coflow = t.collective(kind, size, stride, 1e8)
             expected = solo_seconds(coflow, t.topology)
-            folded, bandwidth, kept = fold([coflow], t.topology.bandwidth_bytes_per_s)
-            assert len(kept) <= 40
+            folded, bandwidth, kept, class_of = fold([coflow], t.topology.bandwidth_bytes_per_s)
+            assert len(kept) <= 40 and class_of.max() == len(kept) - 1
             for one, rates in ((coflow, t.topology.bandwidth_bytes_per_s), (folded[0], bandwidth)):
                 fluid = Fluid(rates)
                 flight = fluid.start(one, 0)

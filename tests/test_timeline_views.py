@@ -188,7 +188,7 @@ def test_perfetto_trace_is_sound(tmp_path: Path) -> None:
         lanes[e["pid"], e["tid"]] = e["ts"] + e["dur"]
     names = {(e["pid"], e["tid"]): e["args"]["name"] for e in read["traceEvents"] if e["name"] == "thread_name"}
     assert set(lanes) == set(names)
-    assert {names[0, 1], names[0, 2], names[0, 4]} == {"compute", "network", "network 2"}
+    assert {names[0, 1], names[0, 2], names[0, 5]} == {"compute", "network", "network 2"}
     counters = [e for e in events if e["ph"] == "C"]
     assert len(counters) == sum(len(times) for times, _ in timeline.memory)
     arrows = {ph: {e["id"]: e for e in events if e["ph"] == ph} for ph in "sf"}
@@ -240,10 +240,10 @@ def deepseek() -> Forecast:
 
 def test_page_shows_the_timeline(deepseek: Forecast) -> None:
     text = own_html((deepseek, dense()))
-    for name in ("timeline", "utilisation", "curve", "links", "path", "formula"):
+    for name in ("timeline", "utilisation", "curve", "network", "links", "path", "formula"):
         assert text.count(f'<div id="job1-{name}-figure" class="plotly-graph-div"') == 1, name
         assert f'id="job2-{name}-figure"' not in text
-    for said in ("Memory over time", "Busiest links", "Critical path", "What the formula missed"):
+    for said in ("Memory over time", "Links by the share of the step", "Critical path", "What the formula missed"):
         assert said in text
     for said in ("those of the first and last", "8 fullest of 16", "3.5 % of the draws", "+3.1 %", "leaf 0 to spine"):
         assert said in text, said

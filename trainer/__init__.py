@@ -1,1 +1,1 @@
-"""Runs a job for real, in JAX. Empty so far: the trainer is the next stage of the project."""
+"""What needs JAX: running a job for real (to come), and reading what the compiler makes of it."""

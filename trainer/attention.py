@@ -1,6 +1,6 @@
 """Attention: grouped queries, multi-head latent attention, windows, chunks, sinks, relative positions, rotary ones.
 
-Scores are formed whole, [B, heads, S, S], with the softmax in float32: the plain program that every device runs, and
+Scores are formed for 512 queries at a time, with the softmax in float32: a plain program that every device runs, and
 the one the forecast counts for the stack `moecast`. Heads are split over the tensor ranks.
 
 Letters: B sequences, S queries, T keys, D hidden, H heads of this device, K key/value heads, R queries per key head, h
@@ -10,6 +10,7 @@ head size, Q and L the low ranks of latent attention.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -28,6 +29,8 @@ Array = jax.Array
 Tree = dict[str, Any]
 ROPE_BASE = 10_000.0
 RELATIVE_REACH = 128
+# Queries of a block, as in splash attention on TPU.
+BLOCK = 512
 
 
 def attention_parameters(a: Attention, model: Model, scale: float, tensor: int, *, cross: bool = False) -> Tree:
@@ -115,25 +118,71 @@ def relative_bias(table_BH: Array, length: int, *, causal: bool) -> Array:
     return jnp.take(table_BH.astype(jnp.float32), bucket, axis=0).transpose(2, 0, 1)
 
 
-def visible(a: Attention, queries_BS: Array, keys_BT: Array, at_BS: Array, at_BT: Array, *, causal: bool) -> Array:
-    """mask_BST, true where a query sees a key: same document, not in the future, in the window or chunk."""
-    see = (queries_BS[:, :, None] == keys_BT[:, None, :]) & (keys_BT[:, None, :] > 0)
-    ahead = at_BT[:, None, :] - at_BS[:, :, None]
-    if causal:
-        see &= ahead <= 0
-    if a.window:
-        see &= ahead > -a.window
-    if a.chunk:
-        see &= at_BT[:, None, :] // a.chunk == at_BS[:, :, None] // a.chunk
-    return see
+@dataclass(frozen=True)
+class Sight:
+    """Who sees whom: documents and positions of queries [B, S] and keys [B, T], and whether the future is hidden.
+
+    Positions restart with a document, so within one their difference is that of the places.
+    """
+
+    documents_BS: Array
+    documents_BT: Array
+    at_BS: Array
+    at_BT: Array
+    causal: bool
+
+    def mask(self, a: Attention, queries: slice = slice(None), keys: slice = slice(None)) -> Array:
+        """mask_BST, true where a query sees a key: same document, not in the future, in the window or chunk."""
+        mine, theirs = self.documents_BS[:, queries, None], self.documents_BT[:, None, keys]
+        see = (mine == theirs) & (theirs > 0)
+        if not self.causal:
+            return see
+        at, from_ = self.at_BT[:, None, keys], self.at_BS[:, queries, None]
+        see &= at <= from_
+        if a.window:
+            see &= at - from_ > -a.window
+        if a.chunk:
+            see &= at // a.chunk == from_ // a.chunk
+        return see
 
 
-def core(q_BSKRh: Array, k_BTKh: Array, v_BTKv: Array, mask_BST: Array, bias_HST: Array | None, sinks_H: Any) -> Array:
-    """Scores, softmax in float32, and the weighted sum of values: [B, S, H v]."""
+def attend(a: Attention, q: Array, k: Array, v: Array, sight: Sight, bias_HST: Array | None, sinks_H: Any) -> Array:
+    """Attention of [B, S, K, R, h] to [B, T, K, h]: [B, S, H v]; long sequences in blocks of 512 queries.
+
+    A block of causal attention meets only the keys that it can see, which leaves (n + 1) / 2n of n x n blocks to do;
+    its scores are made again in the backward pass and never kept (FlashAttention's economy, arXiv:2205.14135, without
+    its kernel).
+    """
+    length = q.shape[1]
+    if length <= BLOCK:
+        return core(q, k, v, sight.mask(a), bias_HST, sinks_H)
+
+    def block(q: Array, k: Array, v: Array, mask: Array, bias: Array | None, sinks_H: Any) -> Array:
+        return core(q, k, v, mask, bias, sinks_H, named=False)
+
+    # Without a barrier XLA joins a block's second computation with its first, and keeps the scores of all blocks.
+    remade = jax.checkpoint(block, prevent_cse=True)
+    out = []
+    for first in range(0, length, BLOCK):
+        rows = slice(first, min(first + BLOCK, length))
+        keys = slice(0, k.shape[1])
+        if sight.causal:
+            reach = min(n for n in (a.window, a.chunk, length) if n)
+            keys = slice(max(0, first - reach + 1), rows.stop)
+        bias = None if bias_HST is None else bias_HST[:, rows, keys]
+        out.append(remade(q[:, rows], k[:, keys], v[:, keys], sight.mask(a, rows, keys), bias, sinks_H))
+    return checkpoint_name(jnp.concatenate(out, axis=1), "core_attention")
+
+
+def core(
+    q_BSKRh: Array, k_BTKh: Array, v_BTKv: Array, mask_BST: Array, bias_HST: Array | None, sinks_H: Any,
+    *, named: bool = True,
+) -> Array:  # fmt: skip
+    """Scores, softmax in float32, weighted sum of values: [B, S, H v]; `named` files them for remat policies."""
     b, s, kv, r, hd = q_BSKRh.shape
     scores = jnp.einsum("bskrh,btkh->bkrst", q_BSKRh, k_BTKh, preferred_element_type=jnp.float32) * hd**-0.5
     # Not the softmax: its derivative is written with its result before any name is given to it.
-    scores = checkpoint_name(scores, "core_attention")
+    scores = checkpoint_name(scores, "core_attention") if named else scores
     if bias_HST is not None:
         scores = scores + bias_HST.reshape(1, kv, r, *bias_HST.shape[1:])
     scores = jnp.where(mask_BST[:, None, None], scores, -1e30)
@@ -142,7 +191,8 @@ def core(q_BSKRh: Array, k_BTKh: Array, v_BTKv: Array, mask_BST: Array, bias_HST
         scores = jnp.concatenate([scores, sink], axis=-1)
     weights = jax.nn.softmax(scores, axis=-1)[..., : k_BTKh.shape[1]].astype(v_BTKv.dtype)
     out = jnp.einsum("bkrst,btkv->bskrv", weights, v_BTKv)
-    return checkpoint_name(out.reshape(b, s, -1), "core_attention")
+    out = out.reshape(b, s, -1)
+    return checkpoint_name(out, "core_attention") if named else out
 
 
 def _own_heads(s: Setting, x: Array, heads: int, size: int) -> Array:
@@ -211,8 +261,7 @@ def attention_layer(
     x_BSD: Array,
     p: Tree,
     *,
-    positions: tuple[Array, Array],
-    mask_BST: Array,
+    sight: Sight,
     bias_HST: Array | None,
     memory: Array | None,
     noise: Noise | None,
@@ -224,14 +273,16 @@ def attention_layer(
         h = norm(x_BSD, p["norm"], model)
     with s.scope(f"{prefix}.tensor_reduce"):
         h = gather_sequence(s, h)
+    # Marked as differing between tensor ranks once, so that queries, keys and values share one sum on the way back.
+    h = varying(h, s.axes.tensor)
     cast: Tree = {k: v if isinstance(v, dict) else v.astype(s.compute) for k, v in p.items()}
     if a.mla is not None and memory is None:
-        q, k, v = _latent(s, a, h, cast, positions[0], prefix)
+        q, k, v = _latent(s, a, h, cast, sight.at_BS, prefix)
     else:
-        turned = positions if model.positions == "rope" and memory is None else None
+        turned = (sight.at_BS, sight.at_BT) if model.positions == "rope" and memory is None else None
         q, k, v = _plain(s, a, h, h if memory is None else memory, cast, turned, prefix)
     with s.scope(f"{prefix}.core"):
-        out = core(q, k, v, mask_BST, bias_HST, cast.get("sinks"))
+        out = attend(a, q, k, v, sight, bias_HST, cast.get("sinks"))
     with s.scope(f"{prefix}.output"):
         out = jnp.einsum("bsh,hd->bsd", out, cast["output"])
     with s.scope(f"{prefix}.tensor_reduce"):

@@ -1,12 +1,17 @@
 """Dispatch and combine: moving tokens to their experts and back, in several ways behind one interface.
 
     buffer_EGCD = way.dispatch(x_GND, assignment)      # this device's tokens, for all experts
-    rows_eRD    = send(buffer_EGCD)                    # all-to-all: all tokens, for this device's experts
-    ...experts...
-    y_GND       = way.combine(returned_EGCD, gate_GNK, assignment)
+    gate_EGC = gates(gate_GNK, assignment)             # the gate of each slot travels with its token
+    rows_eRD, gate_eR = send(...)                      # all-to-all: all tokens, for this device's experts
+    ...experts, which multiply by the gate before their last product...
+    y_GND = way.combine(returned_EGCD, assignment)     # the sum of a token's rows
 
 All ways give the same values and gradients (tests/test_trainer_dispatch.py). `loop` is the oracle: every expert sees
 every token, nothing is moved.
+
+The gate is applied at the expert, before its last product, where Megatron-Core applies it too: the sum at home then
+needs no result of the experts for its gradient, so that none is kept, and a fully rematerialised layer sends its tokens
+three times, not four.
 
 Letters: G groups of this device, N tokens of a group, E experts, e experts of this device, K choices, C slots, D
 hidden, R rows an expert of this device gets.
@@ -65,38 +70,44 @@ def slots_dispatch(x_GND: Array, assignment: Assignment) -> Array:
     return rows.reshape(groups, experts, capacity, d).swapaxes(0, 1)
 
 
-def slots_combine(buffer_EGCD: Array, gate_GNK: Array, assignment: Assignment) -> Array:
-    """y_GND, the sum of each token's rows times their gates; dropped choices add nothing."""
-    experts, groups, capacity, d = buffer_EGCD.shape
-    tokens, k = gate_GNK.shape[1:]
+def gates(gate_GNK: Array, assignment: Assignment) -> Array:
+    """gate_EGC, the gate of the choice in each slot; empty slots have 0."""
 
-    def one(rows_RD: Array, place_NK: Array, choice_EC: Array, gate_NK: Array) -> Array:
-        found = move_rows(rows_RD, place_NK.reshape(-1), choice_EC.reshape(-1, 1)).reshape(tokens, k, d)
-        return jnp.einsum("nkd,nk->nd", found, gate_NK.astype(found.dtype))
+    def one(gate_NK: Array, choice_EC: Array, place_NK: Array) -> Array:
+        rows = move_rows(gate_NK.reshape(-1, 1), choice_EC.reshape(-1), place_NK.reshape(-1, 1))
+        return rows.reshape(choice_EC.shape)
+
+    return jax.vmap(one)(gate_GNK, assignment.choice_GEC, assignment.place_GNK).swapaxes(0, 1)
+
+
+def slots_combine(buffer_EGCD: Array, assignment: Assignment) -> Array:
+    """y_GND, the sum of each token's rows; dropped choices add nothing."""
+    experts, groups, capacity, d = buffer_EGCD.shape
+
+    def one(rows_RD: Array, place_NK: Array, choice_EC: Array) -> Array:
+        found = move_rows(rows_RD, place_NK.reshape(-1), choice_EC.reshape(-1, 1))
+        return found.reshape(*place_NK.shape, d).sum(1)
 
     flat = buffer_EGCD.swapaxes(0, 1).reshape(groups, experts * capacity, d)
-    return jax.vmap(one)(flat, assignment.place_GNK, assignment.choice_GEC, gate_GNK)
+    return jax.vmap(one)(flat, assignment.place_GNK, assignment.choice_GEC)
 
 
 def mask_of(assignment: Assignment, dtype: Any) -> Array:
-    """mask_GNKEC, 1 where choice k of token n has slot c of expert e."""
-    groups, tokens, k = assignment.place_GNK.shape
+    """mask_GNEC, 1 where token n has slot c of expert e."""
+    groups, tokens, _ = assignment.place_GNK.shape
     experts, capacity = assignment.choice_GEC.shape[1:]
-    hot = jax.nn.one_hot(assignment.place_GNK, experts * capacity, dtype=dtype)
-    return hot.reshape(groups, tokens, k, experts, capacity)
+    hot = jax.nn.one_hot(assignment.place_GNK, experts * capacity, dtype=dtype).sum(2)
+    return hot.reshape(groups, tokens, experts, capacity)
 
 
 def one_hot_dispatch(x_GND: Array, assignment: Assignment) -> Array:
     """buffer_EGCD by a product with a mask (GShard, arXiv:2006.16668, algorithm 1): 2 N E C D FLOPs a group."""
-    mask = mask_of(assignment, x_GND.dtype).sum(2)
-    return jnp.einsum("gnec,gnd->egcd", mask, x_GND)
+    return jnp.einsum("gnec,gnd->egcd", mask_of(assignment, x_GND.dtype), x_GND)
 
 
-def one_hot_combine(buffer_EGCD: Array, gate_GNK: Array, assignment: Assignment) -> Array:
-    """y_GND by a product with the mask times the gates: 2 N E C D FLOPs a group."""
-    mask = mask_of(assignment, buffer_EGCD.dtype)
-    weights = jnp.einsum("gnkec,gnk->gnec", mask, gate_GNK.astype(buffer_EGCD.dtype))
-    return jnp.einsum("gnec,egcd->gnd", weights, buffer_EGCD)
+def one_hot_combine(buffer_EGCD: Array, assignment: Assignment) -> Array:
+    """y_GND by a product with the mask: 2 N E C D FLOPs a group."""
+    return jnp.einsum("gnec,egcd->gnd", mask_of(assignment, buffer_EGCD.dtype), buffer_EGCD)
 
 
 WAYS: dict[str, tuple[Callable[..., Array], Callable[..., Array]]] = {
@@ -110,12 +121,10 @@ def chosen_dispatch(x_GND: Array, token_GEC: Array) -> Array:
     return jnp.take_along_axis(x_GND[:, None], token_GEC[..., None], axis=2).swapaxes(0, 1)
 
 
-def chosen_combine(buffer_EGCD: Array, gate_GEC: Array, token_GEC: Array, tokens: int) -> Array:
+def chosen_combine(buffer_EGCD: Array, token_GEC: Array, tokens: int) -> Array:
     """y_GND when experts chose: a token adds up whatever experts took it, which may be none."""
-    groups, experts, capacity = token_GEC.shape
-    rows = (buffer_EGCD.swapaxes(0, 1) * gate_GEC[..., None].astype(buffer_EGCD.dtype)).reshape(
-        groups, experts * capacity, -1
-    )
+    groups = token_GEC.shape[0]
+    rows = buffer_EGCD.swapaxes(0, 1).reshape(groups, -1, buffer_EGCD.shape[-1])
     return jax.vmap(lambda r, t: jax.ops.segment_sum(r, t, num_segments=tokens))(rows, token_GEC.reshape(groups, -1))
 
 

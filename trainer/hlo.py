@@ -87,11 +87,11 @@ class CompiledProgram:
     collectives: tuple[Collective, ...]
     memory: Memory | None
 
-    def bytes_by_kind(self) -> dict[str, int]:
-        """Bytes of all runs of each kind of collective, nccl-tests' size."""
+    def bytes_by_kind(self, *, asked: bool = False) -> dict[str, int]:
+        """Bytes of all runs of each kind of collective, nccl-tests' size; `asked`: by the kind that was asked for."""
         out: dict[str, int] = defaultdict(int)
         for one in self.collectives:
-            out[one.kind] += one.total_bytes
+            out[one.asked if asked else one.kind] += one.total_bytes
         return dict(sorted(out.items()))
 
     def to_dict(self) -> dict[str, Any]:
@@ -103,6 +103,7 @@ class CompiledProgram:
             "executed_flops_per_device": self.flops.to_dict(),
             "collectives": [one.to_dict() for one in self.collectives],
             "collective_bytes_by_kind": self.bytes_by_kind(),
+            "collective_bytes_by_kind_asked": self.bytes_by_kind(asked=True),
             "memory": None if self.memory is None else self.memory.to_dict(),
         }
 

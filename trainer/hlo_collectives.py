@@ -16,6 +16,12 @@ from trainer.hlo_scopes import phase_of, scopes_of
 from trainer.hlo_text import Computation, Instruction, Module
 from trainer.hlo_walk import Walk, collective_kind
 
+_PRIMITIVES = {
+    "all_gather": "all-gather", "all_gather_invariant": "all-gather", "reduce_scatter": "reduce-scatter",
+    "all_to_all": "all-to-all", "ppermute": "collective-permute", "psum": "all-reduce",
+    "psum_invariant": "all-reduce", "ragged_all_to_all": "ragged-all-to-all",
+}  # fmt: skip
+
 
 @dataclass(frozen=True, slots=True)
 class Collective:
@@ -23,11 +29,14 @@ class Collective:
 
     `bytes` are per call and device, all operands of a merged collective together. `scopes` holds one for each operation
     that was merged, as far as XLA kept the names; `scopes_inferred` says that they are those of its reducer or
-    producers. `is_upper_bound`: a ragged all-to-all, whose buffer is static. `asynchronous`: started and awaited apart.
+    producers. `asked`: the kind that the program asked for, as far as it shows, where XLA:TPU runs another: it turns
+    wide all-gathers and reduce-scatters into all-reduces. `is_upper_bound`: a ragged all-to-all, whose buffer is
+    static. `asynchronous`: started and awaited apart.
     """
 
     name: str
     kind: str
+    asked: str
     count: int
     bytes: int
     wire_bytes: float
@@ -58,7 +67,7 @@ class Collective:
     def to_dict(self) -> dict[str, Any]:
         """As JSON; of the groups their number and the first one."""
         return {
-            "name": self.name, "kind": self.kind, "count": self.count, "bytes": self.bytes,
+            "name": self.name, "kind": self.kind, "asked": self.asked, "count": self.count, "bytes": self.bytes,
             "wire_bytes": self.wire_bytes, "total_bytes": self.total_bytes, "total_wire_bytes": self.total_wire_bytes,
             "dtype": self.dtype, "operands": self.operands, "group_size": self.group_size, "groups": len(self.groups),
             "first_group": list(self.groups[0]) if self.groups else [], "scopes": list(self.scopes),
@@ -110,8 +119,8 @@ def _callers(module: Module) -> dict[str, tuple[Computation, Instruction]]:
     out: dict[str, tuple[Computation, Instruction]] = {}
     for computation in module.computations.values():
         for instruction in computation.instructions.values():
-            if instruction.opcode in ("fusion", "call-start", "async-start"):
-                for name in instruction.called("calls", "to_apply"):
+            if instruction.opcode in ("fusion", "call-start", "async-start", "while"):
+                for name in instruction.called("calls", "to_apply", "body"):
                     out.setdefault(name, (computation, instruction))
     return out
 
@@ -130,10 +139,15 @@ def _read(module: Module, inside: Computation, instruction: Instruction, times: 
     )
     kind = "reduce-scatter" if is_fused_scatter else kind
     op_name, inferred = _op_name(module, inside, instruction, caller)
+    phase = _phase(op_name)
+    if phase == "forward" and inferred and caller:
+        # Without a name of its own it is at least of its loop's phase.
+        phase = phase_of(caller[1].op_name)
     is_async = instruction.opcode.endswith("-start") or bool(_chain(instruction))
     return Collective(
         name=instruction.name,
         kind=kind,
+        asked=_asked(module, inside, instruction, op_name, caller) or kind,
         count=times,
         bytes=count_bytes,
         wire_bytes=_wire(kind, count_bytes, size),
@@ -141,7 +155,7 @@ def _read(module: Module, inside: Computation, instruction: Instruction, times: 
         operands=len(sent),
         groups=groups,
         scopes=tuple(dict.fromkeys(scope for name in op_name for scope in scopes_of(name))),
-        phase=_phase(op_name),
+        phase=phase,
         asynchronous=is_async or (caller is not None and caller[1].opcode.endswith("-start")),
         scopes_inferred=inferred,
         is_upper_bound=kind == "ragged-all-to-all",
@@ -164,7 +178,7 @@ def _op_name(module: Module, inside: Computation, instruction: Instruction,
     """The names on the collective or on the fusion round it; or, as XLA:TPU drops them where it merges, its makers'."""
     if instruction.op_name:
         return (instruction.op_name,), False
-    if caller and caller[1].op_name:
+    if caller and caller[1].opcode != "while" and caller[1].op_name:
         return (caller[1].op_name,), False
     makers = tuple(_named_maker(inside, inside.operand(instruction, k)) for k in range(len(instruction.operands)))
     # The reducer keeps the name of one of those that were merged, without the mark of the phase.
@@ -175,6 +189,30 @@ def _op_name(module: Module, inside: Computation, instruction: Instruction,
         path = next((name.partition("while/body")[0] for name in makers if phase_of(name) != "forward"), "")
         return (f"{path}{names[0]}",), True
     return makers, True
+
+
+def _asked(module: Module, inside: Computation, instruction: Instruction, op_names: tuple[str, ...],
+           caller: tuple[Computation, Instruction] | None) -> str:  # fmt: skip
+    """The JAX primitive at the end of a name; or a gather, where an all-reduce adds up slices of a buffer of zeros."""
+    for name in op_names:
+        if (primitive := name.rpartition("/")[2]) in _PRIMITIVES:
+            return _PRIMITIVES[primitive]
+    if instruction.opcode != "all-reduce" or not instruction.operands:
+        return ""
+    made = _origin(inside, inside.operand(instruction, 0))
+    if made.opcode == "parameter" and caller and caller[1].opcode.endswith("-start"):
+        # On 7x the SparseCore runs it, in a computation of its own.
+        made = _origin(caller[0], caller[0].operand(caller[1], inside.parameters[made.name]))
+    if made.opcode == "fusion":
+        fused = module.computation(made.only_called("calls"))
+        made = _origin(fused, fused.root)
+    return "all-gather" if made.opcode == "dynamic-update-slice" else ""
+
+
+def _origin(inside: Computation, made: Instruction) -> Instruction:
+    while made.opcode in ("copy", "copy-start", "copy-done", "bitcast", "convert") and made.operands:
+        made = inside.operand(made, 0)
+    return made
 
 
 def _named_maker(inside: Computation, made: Instruction) -> str:

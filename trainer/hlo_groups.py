@@ -11,6 +11,7 @@ Groups = tuple[tuple[int, ...], ...]
 
 _IOTA = re.compile(r"\[(\d+(?:,\d+)*)\]<=\[(\d+(?:,\d+)*)\](?:T\((\d+(?:,\d+)*)\))?$")
 _MESH = re.compile(r"mesh\[([^\]]*)\]\s*\{([^}]*)\}$")
+_ORDERED = re.compile(r"mesh\[([^\]]*)\], device_ids=\(\[(\d+(?:,\d+)*)\](?:T\((\d+(?:,\d+)*)\))?\)\s*\{([^}]*)\}$")
 _MESH_AXIS = re.compile(r"'?\"?([\w\-]+)'?\"?\s*=\s*(\d+)")
 _USED_AXIS = re.compile(r"'?\"?([A-Za-z_][\w\-]*)'?\"?(?::\((\d+)\)(\d+))?")
 
@@ -19,8 +20,9 @@ def replica_groups(instruction: Instruction, devices: int) -> Groups:
     """The groups of a collective; HloError if the text is of no known form.
 
     Numbers are places in the order of the mesh's devices, not identities of devices, whatever order the mesh has.
-    `{{0,1},{2,3}}`; iota `[2,2]<=[2,2]T(1,0)`; `mesh['a'=2,'b'=2] {'b'}`, with `'a':(1)2` for a part of an axis. No
-    groups, or an empty list, is all devices at once.
+    `{{0,1},{2,3}}`; iota `[2,2]<=[2,2]T(1,0)`; `mesh['a'=2,'b'=2] {'b'}`, with `'a':(1)2` for a part of an axis, and
+    with `device_ids=([4,2]T(1,0))` where the mesh lies over the devices in another order. No groups, or an empty list,
+    is all devices at once.
     """
     if instruction.opcode.startswith("collective-permute"):
         return _rings(instruction)
@@ -37,6 +39,13 @@ def replica_groups(instruction: Instruction, devices: int) -> Groups:
         return _cut(flat, groups, size, instruction)
     if mesh:
         return _of_mesh(mesh, instruction)
+    ordered = _ORDERED.match(f"{text}, device_ids={instruction.attributes.get('device_ids', '')}")
+    if ordered:
+        dims = _ints(ordered[2])
+        place = _transposed(range(math.prod(dims)), dims, _ints(ordered[3]) if ordered[3] else range(len(dims)))
+        plain = _MESH.match(f"mesh[{ordered[1]}] {{{ordered[4]}}}")
+        assert plain is not None
+        return tuple(tuple(sorted(place[n] for n in group)) for group in _of_mesh(plain, instruction))
     raise HloError(f"{instruction.opcode} {instruction.name!r:.80}: replica_groups={text!r:.80} is of no known form")
 
 

@@ -5,6 +5,9 @@ out-of-memory message. `memory_analysis()` does not give it: `peak_memory_in_byt
 what XLA placed in VMEM (on small programs up to 3.7 times the total), arguments + temporaries are 0.9 to 1.3 times it
 (measured on v3 to TPU7x, jax 0.10.2, November 2026; docs/compile.md). So a TPU program is compiled by
 `compile_lowered`.
+
+On CPU the peak is by definition `peak_memory_in_bytes`, which leaves the temporaries out (arguments + outputs - aliased
+to 100 bytes, in every program tried); `allocated_bytes` has them.
 """
 
 from __future__ import annotations
@@ -22,7 +25,11 @@ _TOTAL = re.compile(r"^Memory Space: (\S+).*\n\s*Total bytes: (\d+)", re.MULTILI
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Bytes per device. `peak_source` says which of the compiler's numbers the peak is."""
+    """Bytes per device. `peak_source` says which of the compiler's numbers the peak is.
+
+    `allocated_bytes` is all that is held at once: on TPU the peak, on CPU arguments, outputs that are no argument's
+    buffer, and the one block of temporaries.
+    """
 
     argument_bytes: int
     output_bytes: int
@@ -31,6 +38,7 @@ class Memory:
     generated_code_bytes: int
     peak_bytes: int
     peak_source: str
+    allocated_bytes: int
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON."""
@@ -72,18 +80,23 @@ def peak_memory(compiled: Any, platform: str, report: str | None = None) -> Memo
     stats = compiled.memory_analysis()
     if stats is None:
         raise HloError("the compiler states no memory for this program")
+    arguments, temporaries = int(stats.argument_size_in_bytes), int(stats.temp_size_in_bytes)
+    outputs, aliased = int(stats.output_size_in_bytes), int(stats.alias_size_in_bytes)
     if platform == "tpu":
         if report is None:
             raise HloError("the peak of a TPU program is in the memory-usage report: compile with compile_lowered")
         peak, source = report_total(report), "memory-usage report, default space"
+        allocated = peak
     else:
         peak, source = int(stats.peak_memory_in_bytes), "peak_memory_in_bytes"
+        allocated = arguments + outputs - aliased + temporaries
     return Memory(
-        argument_bytes=int(stats.argument_size_in_bytes),
-        output_bytes=int(stats.output_size_in_bytes),
-        alias_bytes=int(stats.alias_size_in_bytes),
-        temporary_bytes=int(stats.temp_size_in_bytes),
+        argument_bytes=arguments,
+        output_bytes=outputs,
+        alias_bytes=aliased,
+        temporary_bytes=temporaries,
         generated_code_bytes=int(stats.generated_code_size_in_bytes),
         peak_bytes=peak,
         peak_source=source,
+        allocated_bytes=allocated,
     )

@@ -83,8 +83,12 @@ class Walk:
             return [(name, 1) for name in instruction.called("calls", "to_apply", "called_computations")]
         if instruction.opcode == "while":
             body, condition = instruction.only_called("body"), instruction.only_called("condition")
-            works = self._weight(body) != (0, 0) or self._weight(condition) != (0, 0)
-            count = self._loops.trip_count(computation, instruction) if works else 1
+            try:
+                count = self._loops.trip_count(computation, instruction)
+            except HloError:
+                if self._weight(body) != (0, 0) or self._weight(condition) != (0, 0):
+                    raise
+                count = 1
             return [(body, count), (condition, count + 1)]
         if instruction.opcode == "conditional":
             branches = instruction.called("branch_computations") or tuple(

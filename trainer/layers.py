@@ -79,11 +79,12 @@ def ffn_parameters(
 
 def network(
     s: Setting, x: Array, p: Tree, ffn: Ffn, prefix: str, names: tuple[str, str], products: str = "...d,df->...f",
-    drop: Callable[[Array], Array] | None = None,
+    factor: Array | None = None, drop: Callable[[Array], Array] | None = None,
 ) -> Array:  # fmt: skip
     """The network on [..., D] (experts: [e, R, D] with `products` = `erd,edf->erf`), before any sum over devices.
 
-    `names` file products and activations for the remat policy; `drop` is dropout of the last hidden layer.
+    `names` file products and activations for the remat policy; `factor` [..., 1] multiplies the input of the last
+    product, an expert's gates; `drop` is dropout of the last hidden layer.
     """
     cast = {k: w.astype(s.compute) for k, w in p.items()}
     with s.scope(f"{prefix}.up"):
@@ -101,6 +102,8 @@ def network(
             h = checkpoint_name(act(h), names[1])
     h = h if drop is None else drop(h)
     with s.scope(f"{prefix}.down"):
+        if factor is not None:
+            h = h * factor
         return checkpoint_name(jnp.einsum(products, h, cast["down"]), names[0])
 
 
@@ -147,10 +150,17 @@ def post_norm(s: Setting, x: Array, p: Tree) -> Array:
     return norm(x, p["post_norm"], s.job.model) if "post_norm" in p else x
 
 
-def embed(s: Setting, tokens_BS: Array, positions_BS: Array, p: Tree) -> Array:
-    """Rows of the embedding table, [B, S, D]; the vocabulary is split over the tensor ranks."""
+def embed(s: Setting, tokens_BS: Array, positions_BS: Array, p: Tree, shard: tuple[str, ...]) -> Array:
+    """Rows of the embedding table, [B, S, D]; the vocabulary is split over the tensor ranks.
+
+    Where FSDP splits the hidden size over the `shard` axes, every rank looks its columns up for the tokens of all of
+    them and they exchange what they found: activations travel, never the table.
+    """
+    table = p["table"].astype(s.compute)
+    if shard:
+        with jax.named_scope("embedding.exchange"):
+            tokens_BS = lax.all_gather(tokens_BS, shard, axis=0)
     with jax.named_scope("embedding.lookup"):
-        table = p["table"].astype(s.compute)
         if s.axes.tensor:
             rows = table.shape[0]
             local = tokens_BS - lax.axis_index(s.axes.tensor) * rows
@@ -158,6 +168,11 @@ def embed(s: Setting, tokens_BS: Array, positions_BS: Array, p: Tree) -> Array:
             x = jnp.where(here[..., None], jnp.take(table, jnp.clip(local, 0, rows - 1), axis=0), 0)
         else:
             x = jnp.take(table, tokens_BS, axis=0)
+    if shard:
+        with jax.named_scope("embedding.exchange"):
+            # [ranks, B, S, D / ranks]: rank r's tokens go to rank r, which puts all columns side by side.
+            x = lax.all_to_all(x, shard, split_axis=0, concat_axis=0)
+            x = jnp.moveaxis(x, 0, 2).reshape(*x.shape[1:3], -1)
     with jax.named_scope("embedding.tensor_reduce"):
         x = sum_tensor(s, x, s.axes.tensor)
     if "positions" in p:

@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from trainer.attention import attention_layer, attention_parameters, relative_bias, visible
+from trainer.attention import Sight, attention_layer, attention_parameters, relative_bias
 from trainer.layers import cross_entropy, embed, ffn_layer, ffn_parameters, gather_sequence, norm, norm_parameters
 from trainer.lstm import lstm_layer, lstm_parameters
 from trainer.moe import moe_layer, moe_parameters
-from trainer.parameters import Parameter, tree_map
+from trainer.parameters import Parameter, shard_axes, tree_map
 from trainer.remat import checkpointed
 from trainer.setting import Noise, Setting, varying
 from trainer.weights import gathered
@@ -151,20 +151,18 @@ def apply_layer(
     """One layer: the stream, and what its mixture of experts reports (None without one)."""
     sums = seen = None
     if layer.attention is not None:
-        a, seg, at = layer.attention, around.segments_BS, around.positions_BS
-        mask = visible(a, seg, seg, at, at, causal=layer.causal)
+        seg, at = around.segments_BS, around.positions_BS
+        sight = Sight(seg, seg, at, at, layer.causal)
         x = attention_layer(
-            s, a, x, p["attention"], positions=(at, at), mask_BST=mask, bias_HST=around.bias_HST, memory=None,
-            noise=noise,
-        )  # fmt: skip
+            s, layer.attention, x, p["attention"], sight=sight, bias_HST=around.bias_HST, memory=None, noise=noise
+        )
         if layer.cross_attention:
             keys, memory = around.memory_segments_BT, around.memory_BTD
             assert keys is not None and memory is not None
-            mask = (seg[:, :, None] == keys[:, None, :]) & (keys[:, None, :] > 0)
+            sight = Sight(seg, keys, at, at, causal=False)
             x = attention_layer(
-                s, a, x, p["cross_attention"], positions=(at, at), mask_BST=mask, bias_HST=None, memory=memory,
-                noise=noise,
-            )  # fmt: skip
+                s, layer.attention, x, p["cross_attention"], sight=sight, bias_HST=None, memory=memory, noise=noise
+            )
     if layer.lstm is not None:
         x = lstm_layer(s, layer.lstm, x, around.positions_BS == 0, p["lstm"], noise)
     if layer.ffn is not None:
@@ -237,8 +235,7 @@ def forward(
     """
     model = s.job.model
     reports: dict[str, list[Any]] = {}
-    # Ends of the model are gathered once for the microbatch, like a layer's weights.
-    ends: Tree = {k: gathered(s, abstract[k], params[k]) for k in ("embedding", "logits") if k in params}
+    table, shard = embedding(s, abstract, params)
 
     def noise_of(tokens_BS: Array, number: int) -> Noise | None:
         if key is None:
@@ -251,7 +248,7 @@ def forward(
         e = s.inside("encoder")
         tokens = batch["encoder_tokens_BS"]
         around = surroundings(e, params["encoder"], batch, "encoder_", tokens.shape[1], causal=False)
-        x = embed(e, tokens, around.positions_BS, ends["embedding"])
+        x = embed(e, tokens, around.positions_BS, table, shard)
         layers = stack_layers(s.job, s.degrees, "encoder")
         x, reports["encoder"] = run_layers(
             e, layers, abstract["encoder"]["segments"], params["encoder"]["segments"], x, around, noise_of(tokens, 0)
@@ -263,20 +260,31 @@ def forward(
     tokens = batch["tokens_BS"]
     around = surroundings(s, params["decoder"], batch, "", tokens.shape[1], causal=True)
     around = Surroundings(around.positions_BS, around.segments_BS, memory, memory_segments, around.bias_HST)
-    x = embed(s, tokens, around.positions_BS, ends["embedding"])
+    x = embed(s, tokens, around.positions_BS, table, shard)
     layers = stack_layers(s.job, s.degrees, "decoder")
     x, reports["decoder"] = run_layers(
         s, layers, abstract["decoder"]["segments"], params["decoder"]["segments"], x, around, noise_of(tokens, 1),
         len(model.encoder_layers),
     )  # fmt: skip
-    return head(s, abstract, params, ends, x, batch), reports
+    return head(s, abstract, params, x, batch), reports
 
 
-def head(s: Setting, abstract: Tree, params: Tree, ends: Tree, x: Array, batch: Tree) -> Tree:
-    """Final norm, logits and the sums of the loss."""
+def embedding(s: Setting, abstract: Tree, params: Tree) -> tuple[Tree, tuple[str, ...]]:
+    """The input table as `embed` takes it, and the axes that split its hidden size; learnt positions are gathered."""
+    spec, held = abstract["embedding"], params["embedding"]
+    shard = shard_axes(spec["table"], s.axes) if s.job.plan.shard == "parameters" else ()
+    out: Tree = {"table": held["table"]}
+    if "positions" in spec:
+        out |= gathered(s, {"positions": spec["positions"]}, {"positions": held["positions"]})
+    return out, shard
+
+
+def head(s: Setting, abstract: Tree, params: Tree, x: Array, batch: Tree) -> Tree:
+    """Final norm, logits and the sums of the loss; the output table is gathered once for the microbatch."""
     tied = s.job.model.tied_embeddings
     final = gathered(s, abstract["decoder"]["norm"], params["decoder"]["norm"])
-    table = ends["embedding" if tied else "logits"]["table"]
+    name = "embedding" if tied else "logits"
+    table = gathered(s, {"table": abstract[name]["table"]}, {"table": params[name]["table"]})["table"]
     weights = batch["weights_BS"].astype(jnp.float32)
 
     def loss(x: Array, final: Tree, table: Array) -> tuple[Array, ...]:

@@ -10,6 +10,7 @@ experts of this device, K choices, C slots, R rows.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -71,6 +72,27 @@ def moe_parameters(moe: Moe, model: Model, scale: float) -> Tree:
     return out
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def own_share(x_TD: Array, axes: tuple[str, ...], parts: int) -> Array:
+    """This rank's part of tokens that all ranks along `axes` hold; its gradient is gathered from them.
+
+    JAX's own gradient of a slice pads it and sums over the ranks, which moves twice the bytes.
+    """
+    share = x_TD.shape[0] // parts
+    return lax.dynamic_slice_in_dim(varying(x_TD, axes), lax.axis_index(axes) * share, share, 0)
+
+
+def _own_share(x_TD: Array, axes: tuple[str, ...], parts: int) -> tuple[Array, None]:
+    return own_share(x_TD, axes, parts), None
+
+
+def _gathered_share(axes: tuple[str, ...], parts: int, _: None, dy: Array) -> tuple[Array]:
+    return (lax.all_gather(dy, axes, axis=0, tiled=True, to="invarying"),)
+
+
+own_share.defvjp(_own_share, _gathered_share)
+
+
 def tokens_here(s: Setting, x_BSD: Array) -> Array:
     """The tokens [T, D] that this device routes: its share where tensor ranks split them, made explicit to the types.
 
@@ -83,11 +105,7 @@ def tokens_here(s: Setting, x_BSD: Array) -> Array:
         return x_BSD.reshape(-1, x_BSD.shape[-1])
     x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
     split = s.axes.token_split
-    if split:
-        parts = s.axes.size(split)
-        share = x_TD.shape[0] // parts
-        x_TD = lax.dynamic_slice_in_dim(varying(x_TD, split), lax.axis_index(split) * share, share, 0)
-    return x_TD
+    return own_share(x_TD, split, s.axes.size(split)) if split else x_TD
 
 
 def tokens_back(s: Setting, y_TD: Array, shape: tuple[int, ...]) -> Array:
@@ -108,8 +126,10 @@ def tokens_back(s: Setting, y_TD: Array, shape: tuple[int, ...]) -> Array:
     return y_TD.reshape(shape)
 
 
-def run_experts(s: Setting, moe: Moe, rows_eRD: Array, p: Tree, noise: Noise | None, group_G: Array) -> Array:
-    """The networks of this device's experts on their rows; biases and expert dropout included.
+def run_experts(
+    s: Setting, moe: Moe, rows_eRD: Array, gate_eR: Array, p: Tree, noise: Noise | None, group_G: Array
+) -> Array:
+    """The networks of this device's experts on their rows, times the gates; biases and expert dropout included.
 
     `group_G` numbers the groups: dropout is drawn for a group, an expert and its slot, whatever device they are on.
     """
@@ -125,11 +145,11 @@ def run_experts(s: Setting, moe: Moe, rows_eRD: Array, p: Tree, noise: Noise | N
         token = jnp.broadcast_to(group[None, :, None], part.shape)
         drop = expert_dropout(s, noise, token.reshape(here, rows), part.reshape(here, rows))
     names = ("experts", "expert_activation")
-    out = network(s, rows_eRD, p, moe.expert, "moe.experts", names, "erd,edf->erf", drop)
+    out = network(s, rows_eRD, p, moe.expert, "moe.experts", names, "erd,edf->erf", gate_eR[..., None], drop)
     if "down_bias" in p:
         # Slices of an expert each add their share, so that the sum over them has it once.
-        slices = s.axes.size(s.axes.expert_tensor)
-        out = out + p["down_bias"].astype(out.dtype)[:, None] / slices
+        bias = p["down_bias"].astype(out.dtype)[:, None] / s.axes.size(s.axes.expert_tensor)
+        out = out + bias * gate_eR[..., None].astype(out.dtype)
     return out
 
 
@@ -172,25 +192,26 @@ def moe_layer(s: Setting, moe: Moe, x_BSD: Array, p: Tree, noise: Noise | None) 
 def _through_slots(
     s: Setting, moe: Moe, x_GND: Array, routed: Routed, experts: Tree, noise: Noise | None, group_G: Array
 ) -> Array:
-    layout = s.degrees.layout
-    ranks = s.degrees.expert
+    way, ranks, seats = dispatch.WAYS.get(s.degrees.layout), s.degrees.expert, routed.assignment
     with s.scope("moe.dispatch"):
-        if routed.assignment is None:
-            assert routed.token_GEC is not None
-            buffer = dispatch.chosen_dispatch(x_GND, routed.token_GEC)
+        if seats is None or routed.choices is None or way is None:
+            assert routed.token_GEC is not None and routed.gate_GEC is not None
+            buffer, gate = dispatch.chosen_dispatch(x_GND, routed.token_GEC), routed.gate_GEC.swapaxes(0, 1)
         else:
-            buffer = dispatch.WAYS[layout][0](x_GND, routed.assignment)
+            buffer, gate = way[0](x_GND, seats), dispatch.gates(routed.choices.gate_GNK, seats)
         buffer = checkpoint_name(buffer, "dispatch")
+        gate = varying(gate.astype(s.compute), s.axes.expert_tensor)
     with s.scope("moe.dispatch_all_to_all"):
         rows = checkpoint_name(dispatch.send(buffer, s.axes.expert, ranks), "dispatch")
-    rows = run_experts(s, moe, rows, experts, noise, group_G)
+        gate_eR = checkpoint_name(dispatch.send(gate[..., None], s.axes.expert, ranks), "dispatch")[..., 0]
+    rows = run_experts(s, moe, rows, gate_eR, experts, noise, group_G)
     with s.scope("moe.combine_all_to_all"):
-        back = checkpoint_name(dispatch.send_back(rows, s.axes.expert, ranks, x_GND.shape[0]), "dispatch")
+        back = dispatch.send_back(rows, s.axes.expert, ranks, x_GND.shape[0])
     with s.scope("moe.combine"):
-        if routed.assignment is None or routed.choices is None:
-            assert routed.token_GEC is not None and routed.gate_GEC is not None
-            return dispatch.chosen_combine(back, routed.gate_GEC, routed.token_GEC, x_GND.shape[1])
-        return dispatch.WAYS[layout][1](back, routed.choices.gate_GNK, routed.assignment)
+        if seats is None or way is None:
+            assert routed.token_GEC is not None
+            return dispatch.chosen_combine(back, routed.token_GEC, x_GND.shape[1])
+        return way[1](back, seats)
 
 
 def _shared(s: Setting, moe: Moe, h_BSD: Array, p: Tree) -> Array:

@@ -18,10 +18,9 @@ from jax import lax
 
 from trainer.layers import embed
 from trainer.mesh import PIPELINE
-from trainer.model import Surroundings, head, own_sequence, run_layers, stack_layers, surroundings
+from trainer.model import Surroundings, embedding, head, own_sequence, run_layers, stack_layers, surroundings
 from trainer.parameters import Parameter, tree_map
 from trainer.setting import Noise, Setting, axes_of, varying
-from trainer.weights import gathered
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -43,12 +42,12 @@ def pipelined_forward(
     """
     stages, count = s.degrees.pipeline, s.degrees.microbatches
     stage = lax.axis_index(PIPELINE)
-    ends = {k: gathered(s, abstract[k], params[k]) for k in ("embedding", "logits") if k in params}
+    table, shard = embedding(s, abstract, params)
     parts = jax.tree.map(lambda x: x.reshape(count, x.shape[0] // count, *x.shape[1:]), batch)
     shapes = of_stage(abstract["decoder"]["segments"], lambda layer: tree_map(Parameter.one, layer))
     held = of_stage(params["decoder"]["segments"], lambda one: jax.tree.map(lambda w: w[0], one))
     layers = stack_layers(s.job, s.degrees, "decoder")
-    x = embed(s, batch["tokens_BS"], batch["positions_BS"], ends["embedding"])
+    x = embed(s, batch["tokens_BS"], batch["positions_BS"], table, shard)
     x_MbSD = varying(x.reshape(count, -1, *x.shape[1:]), (PIPELINE,))
 
     def tick(received: Array, t: Array) -> tuple[Array, Any]:
@@ -74,4 +73,4 @@ def pipelined_forward(
         share = lax.psum_scatter(done.reshape(-1, *done.shape[2:]), PIPELINE, scatter_dimension=0, tiled=True)
     rows = share.shape[0]
     own = jax.tree.map(lambda v: lax.dynamic_slice_in_dim(varying(v, (PIPELINE,)), stage * rows, rows, 0), batch)
-    return head(s, abstract, params, ends, share, own), {"decoder": mine}
+    return head(s, abstract, params, share, own), {"decoder": mine}

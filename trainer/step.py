@@ -23,6 +23,7 @@ from trainer.mesh import Axes, make_axes, make_mesh
 from trainer.model import model_parameters
 from trainer.optimizer import DTYPES, frozen_parts, make_optimizer, schedule_of
 from trainer.parameters import check_shardable, initial_values, is_parameter, spec_of, tree_map
+from trainer.refuse import check_runnable
 from trainer.routing import updated_bias
 from trainer.setting import Setting
 
@@ -62,6 +63,7 @@ class Trainer:
     @classmethod
     def of(cls, job: Job, degrees: Degrees, devices: Sequence[Any]) -> Trainer:
         """The trainer of `job` on the first devices of `devices`; QuestionError for what cannot be run."""
+        check_runnable(job, degrees, str(devices[0].platform))
         axes = make_axes(job, degrees)
         out = cls(job, degrees, axes, make_mesh(axes, devices), str(devices[0].platform))
         check_shardable(out.abstract, axes)

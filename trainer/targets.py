@@ -28,6 +28,9 @@ _ALIASES = {"v7x": "7x", "tpu7x": "7x", "v5litepod": "v5e"}
 _CHIP_CONFIG = {"v4": "megacore"}
 _MOST_CPU_DEVICES = 1024
 _DEVICES_FLAG = "--xla_force_host_platform_device_count"
+# Without these libtpu asks a metadata server that is not there, and lets one process at a time in, as if there were a
+# TPU to own: two compilations at once would fail at its lock file.
+_LIBTPU = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 _EXAMPLES = "write cpu:8, or tpu:v5p:4x4x4"
 
 
@@ -55,7 +58,7 @@ class Target:
     def jax_devices(self) -> list[Any]:
         """JAX devices to build a mesh of, deviceless for TPU; TargetError where this process has none such.
 
-        For TPU this sets TPU_SKIP_MDS_QUERY, or libtpu would ask a metadata server that is not there.
+        For TPU this sets two variables of the environment for libtpu.
         """
         return self._host_devices() if self.slice is None else self._slice_devices(self.slice)
 
@@ -72,7 +75,8 @@ class Target:
 
     def _slice_devices(self, shape: Slice) -> list[Any]:
         check_libtpu()
-        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+        for name, value in _LIBTPU.items():
+            os.environ.setdefault(name, value)
         from jax.experimental import topologies
 
         options: dict[str, Any] = {}
@@ -81,9 +85,9 @@ class Target:
         if self.generation in _CHIP_CONFIG:
             options["chip_config_name"] = _CHIP_CONFIG[self.generation]
         generation = "tpu7x" if self.generation == "7x" else self.generation
-        name = f"{generation}:{shape.shape}"
+        topology = f"{generation}:{shape.shape}"
         try:
-            devices = list(topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices)
+            devices = list(topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices)
         except Exception as error:  # libtpu raises what its RPC layer raises
             raise TargetError(f"{self.name}: libtpu makes no such slice: {str(error).splitlines()[0]:.160}") from None
         if len(devices) != self.devices:
@@ -145,7 +149,7 @@ def child_environment(target: Target, environment: Mapping[str, str]) -> dict[st
         **environment,
         "XLA_FLAGS": " ".join([*kept, f"{_DEVICES_FLAG}={count}"]),
         "JAX_PLATFORMS": "cpu",
-        "TPU_SKIP_MDS_QUERY": "1",
+        **_LIBTPU,
     }
 
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 
 from hw_profiles.cluster import Cluster
 from hw_profiles.errors import QuestionError
-from simulator.costs.piece_times import CommTime, PieceTime, Timer
+from simulator.analysis.launches import launch_bound
+from simulator.costs.piece_times import CommTime, PieceTime, Timer, launch_s
 from simulator.costs.reductions import StateCosts
 from simulator.job.job import Job
 from simulator.job.rules import Degrees
@@ -21,13 +22,17 @@ from simulator.results.forecast import Parts
 from simulator.workload.habits import Habits
 from simulator.workload.memory import Shards
 from simulator.workload.routing import busiest_over_mean, dirichlet_busiest, zipf_busiest
-from simulator.workload.schedules import StageTimes, pipeline_time
+from simulator.workload.schedules import Beside, StageTimes, hidden, pipeline_time
 from simulator.workload.stages import Workload
 
 
 @dataclass(slots=True)
 class StageResult:
-    """Seconds of a whole step on one device of one stage, by kind; all-to-all and other are exposed seconds."""
+    """Seconds of a whole step on one device of one stage, by kind; all-to-all and other are exposed seconds.
+
+    `kernels` are what the host launches for a microbatch's forward, input and weight gradients; `hot_forward_s` and
+    `hot_backward_s` are the imbalance of one microbatch's passes.
+    """
 
     compute_s: Number = 0.0
     all_to_all_s: Number = 0.0
@@ -35,7 +40,10 @@ class StageResult:
     all_to_all_bytes: Number = 0.0
     other_s: Number = 0.0
     imbalance_s: Number = 0.0
+    hot_forward_s: Number = 0.0
+    hot_backward_s: Number = 0.0
     host_s: Number = 0.0
+    kernels: tuple[float, float, float] = (0.0, 0.0, 0.0)
     tail_s: Number = 0.0
     executed_flops: Number = 0.0
     model_flops: Number = 0.0
@@ -80,6 +88,21 @@ def busiest_rank(job: Job, degrees: Degrees) -> float:
     return worst
 
 
+@dataclass(slots=True)
+class _Shown:
+    """Seconds of one microbatch of a piece, each (forward, backward).
+
+    Exposed communication, all and what is beside nothing; communication beside compute, exposed or not; what the
+    busiest rank's all-to-alls add to what is exposed; and compute left to hide more behind.
+    """
+
+    all: tuple[Number, Number]
+    apart: tuple[Number, Number]
+    beside: tuple[Number, Number]
+    hot: tuple[Number, Number]
+    left: tuple[Number, Number]
+
+
 class _Stage:
     """Adds up one stage's pieces."""
 
@@ -94,10 +117,7 @@ class _Stage:
 
     def _hide(self, communication: Number, compute: Number, overlap: bool) -> Number:
         """Exposed seconds of communication beside compute, with what the compute loses while both run."""
-        if not overlap:
-            return communication
-        slowed = compute + self.slow * minimum(communication, compute)
-        return maximum(communication, slowed) - compute
+        return hidden(communication, compute, self.slow) if overlap else communication
 
     def result(self, pieces: list[tuple[PieceTime, int]], mirrored: list[tuple[PieceTime, int]]) -> StageResult:
         """The stage's step; `mirrored` are the pieces of DualPipe's second copy."""
@@ -108,29 +128,42 @@ class _Stage:
         dense = sum(n * t.piece.dense_parameters for t, n in both)
         expert = sum(n * t.piece.expert_parameters for t, n in both)
         layers = max(1, sum(n for t, n in both if t.piece.is_layer))
-        reductions = self.costs.reductions(dense, expert)
+        summed = sum(n * t.piece.dense_parameters for t, n in both if t.piece.is_reduced)
+        reductions = self.costs.reductions(summed, expert)
         each = sum(c.seconds for c in reductions) if self.costs.every_microbatch else 0.0
-        f = bi = bw = forward_wait = backward_wait = room_f = room_b = 0.0
+        f = bi = bw = forward_wait = backward_wait = room_f = room_b = beside_f = beside_b = 0.0
         for t, n in pieces:
             f, bi, bw = f + n * t.forward_s, bi + n * t.backward_input_s, bw + n * t.backward_weight_s
             gathers = self._gather(out, t, n)
             reduced = each * (t.piece.dense_parameters + t.piece.expert_parameters) / maximum(dense + expert, 1e-30)
             shown = self._piece(out, t, n, gathers, reduced)
-            room_f, room_b = room_f + n * shown[2], room_b + n * shown[3]
-            wait_f = shown[0] + t.forward_other_s + t.hot_s / 3
-            wait_b = shown[1] + t.backward_other_s + 2 * t.hot_s / 3 + t.host_s
+            room_f, room_b = room_f + n * shown.left[0], room_b + n * shown.left[1]
+            beside_f, beside_b = beside_f + n * shown.beside[0], beside_b + n * shown.beside[1]
+            # A backward pass of experts is two products to the forward's one.
+            hot = t.hot_unit_s * (self.timer.busiest - 1)
+            hot_f, hot_b = hot / 3 + shown.hot[0], hot * 2 / 3 + shown.hot[1]
+            # Under DualPipe what is beside compute is exposed action by action (schedules.py), not here.
+            exposed = shown.apart if self.dual else shown.all
+            late = (hot / 3, hot * 2 / 3) if self.dual and overlap.all_to_all else (hot_f, hot_b)
+            wait_f = exposed[0] + late[0] + t.forward_other_s
+            wait_b = exposed[1] + late[1] + t.backward_other_s + t.host_s
+            out.hot_forward_s, out.hot_backward_s = out.hot_forward_s + n * late[0], out.hot_backward_s + n * late[1]
             forward_wait, backward_wait = forward_wait + n * wait_f, backward_wait + n * wait_b
             one = StageTimes(t.forward_s + wait_f, t.backward_input_s + wait_b, t.backward_weight_s)
             out.piece_times[t.piece.name] = one
             out.other_s += n * micro * (t.forward_other_s + t.backward_other_s)
-            out.imbalance_s += n * micro * t.hot_s
+            out.imbalance_s += n * micro * (hot_f + hot_b)
             out.host_s += n * micro * t.host_s
+            before = out.kernels
+            more = (t.forward_kernels, t.input_kernels, t.weight_kernels)
+            out.kernels = (before[0] + n * more[0], before[1] + n * more[1], before[2] + n * more[2])
             out.executed_flops += n * micro * t.executed_flops
             out.model_flops += n * micro * t.model_flops
         if self.costs.every_microbatch:
             share = out.other_s / maximum(micro * each, 1e-30)
             out.comms += [(c, micro, minimum(share, 1.0)) for c in reductions]
-        out.times = StageTimes(f + forward_wait, bi + backward_wait, bw)
+        beside = Beside(beside_f, beside_b, (f, bi, bw), self.slow) if self.dual else None
+        out.times = StageTimes(f + forward_wait, bi + backward_wait, bw, beside)
         update = self.costs.update_s(dense, expert)
         out.compute_s = micro * (f + bi + bw) + update
         once = [] if self.costs.every_microbatch else reductions
@@ -141,10 +174,8 @@ class _Stage:
         )
         return out
 
-    def _piece(
-        self, out: StageResult, t: PieceTime, n: int, gathers: tuple[Number, Number], reduced: Number
-    ) -> tuple[Number, Number, Number, Number]:
-        """Exposed seconds of a piece, forward and backward, one microbatch; and the compute left to hide more behind.
+    def _piece(self, out: StageResult, t: PieceTime, n: int, gathers: tuple[Number, Number], reduced: Number) -> _Shown:
+        """What one microbatch of a piece exposes.
 
         All-to-alls, gathers and reductions use the same network cards: what runs beside the compute has to fit there
         together. DualPipe runs a forward and a backward together, so that either's communication hides behind both;
@@ -157,21 +188,33 @@ class _Stage:
         backward = t.backward_input_s + (0.0 if split else weight)
         a2a = t.forward_all_to_all_s, t.backward_all_to_all_s
         beside = tuple(x if overlap.all_to_all else 0.0 for x in a2a)
+        excess = self.timer.busiest - 1
+        more = excess * t.hot_forward_s, excess * t.hot_backward_s
         states = (
             gathers[0] if overlap.parameters else 0.0,
             (gathers[1] if overlap.parameters else 0.0) + (reduced if overlap.gradients else 0.0),
         )
         alone = gathers[0] + gathers[1] + reduced - states[0] - states[1]
+        hot = more if overlap.all_to_all else (0.0, 0.0)
         if self.dual:
             compute = forward + backward
             shown = self._hide(beside[0] + beside[1], compute, True)
             rest = self._hide(beside[0] + beside[1] + states[0] + states[1], compute, True) - shown
             first, second = (shown + rest) / 3, (shown + rest) * 2 / 3
+            if overlap.all_to_all:
+                whole = beside[0] + beside[1] + states[0] + states[1] + more[0] + more[1]
+                late = self._hide(whole, compute, True) - shown - rest
+                more = late / 3, late * 2 / 3
         else:
             shown_f, shown_b = self._hide(beside[0], forward, True), self._hide(beside[1], backward, True)
             first = self._hide(beside[0] + states[0], forward, True)
             second = self._hide(beside[1] + states[1], backward, True)
             shown, rest = shown_f + shown_b, first - shown_f + second - shown_b
+            if overlap.all_to_all:
+                more = (
+                    self._hide(beside[0] + states[0] + more[0], forward, True) - first,
+                    self._hide(beside[1] + states[1] + more[1], backward, True) - second,
+                )
         serial = a2a[0] - beside[0], a2a[1] - beside[1]
         exposed = shown + serial[0] + serial[1]
         out.all_to_all_s += n * micro * exposed
@@ -186,16 +229,19 @@ class _Stage:
         alone_f = gathers[0] - states[0]
         left_f = maximum(forward - beside[0] - states[0], 0.0)
         left_b = maximum((weight if split else backward - beside[1] - states[1]), 0.0)
-        return first + serial[0] + alone_f, second + serial[1] + alone - alone_f, left_f, left_b
+        apart = serial[0] + alone_f, serial[1] + alone - alone_f
+        inside = beside[0] + states[0] + hot[0], beside[1] + states[1] + hot[1]
+        return _Shown((first + apart[0], second + apart[1]), apart, inside, more, (left_f, left_b))
 
     def _gather(self, out: StageResult, t: PieceTime, n: int) -> tuple[Number, Number]:
         """Seconds of gathering a piece's sharded weights, forward and backward, one microbatch."""
-        if self.job.plan.shard != "parameters" or t.piece.name == "embedding":
-            # A table split over D is looked up in place; the result is exchanged, not the table.
+        if self.job.plan.shard != "parameters" or not t.piece.is_gathered:
             return 0.0, 0.0
         name = t.piece.name.partition("[")[0]
         seconds: Number = 0.0
         passes = 2 if t.piece.is_layer else 1
+        # XLA takes the gather of the output table, the same for every microbatch, out of our trainer's loop over them.
+        often = 1 if self.habits.own and not t.piece.is_layer else self.degrees.microbatches
         for axis, size, parameters in (
             ("replica", self.shards.dense, t.piece.dense_parameters),
             ("expert_data", self.shards.expert, t.piece.expert_parameters),
@@ -204,11 +250,11 @@ class _Stage:
                 bytes_ = parameters * self.habits.gather_bytes
                 rate = self.timer.rate_of("all_gather", size, axis)
                 one = rate.seconds(bytes_)
-                seconds = seconds + one
+                seconds = seconds + one * often / self.degrees.microbatches
                 scope = f"{name}.{'experts' if axis == 'expert_data' else 'parameters'}.all_gather"
                 comm = CommTime(scope, "all_gather", size, bytes_, 1.0, passes - 1.0, one, rate.level)
                 hidden = self._hide(one * passes, t.compute_s, self.job.software.overlap.parameters)
-                out.comms.append((comm, n * self.degrees.microbatches * passes, hidden / maximum(one * passes, 1e-30)))
+                out.comms.append((comm, n * often * passes, hidden / maximum(one * passes, 1e-30)))
         return seconds, seconds if passes == 2 else 0.0
 
     def _once(self, out: StageResult, comms: list[CommTime], compute: Number, beside: bool, layers: int) -> Number:
@@ -258,15 +304,25 @@ def closed_form(
     per_chunk = _chunk_times(stages, times, workload) if job.plan.virtual_stages > 1 else per_stage
     pipeline = pipeline_time(job.plan.schedule, per_chunk, degrees.microbatches, job.plan.virtual_stages, hop)
     # Stage p ends its last backward p backward passes before stage 0: reductions use that slack.
-    step: Number = 0.0
+    splits = dual or job.plan.schedule == "zb-h1"
+    each = launch_s(job, cluster.chip, habits)
+    ahead: list[Number] = []
+    launched: Number = 0.0
     for p, s in enumerate(stages):
         assert s.times is not None
         backward = s.times.backward_input + s.times.backward_weight
-        ahead = 0.0 if dual or job.plan.schedule == "zb-h1" else p * backward / job.plan.virtual_stages
-        step = maximum(step, pipeline - ahead + s.tail_s)
-    step = maximum(step, pipeline)
-    host = cluster.chip.host_step_overhead_us.value * 1e-6
-    step = step + host
+        ahead.append(0.0 if splits else p * backward / job.plan.virtual_stages)
+        # Hosts wait for nobody: a stage ends no sooner than its kernels are launched, and the stages before it follow.
+        copies = (s, stages[-1 - p]) if dual else (s,)
+        bound = launch_bound(job.plan.schedule, p, degrees, [(c.times, c.kernels) for c in copies], each)
+        launched = maximum(launched, bound + ahead[p])
+    free, step = (
+        _last([end, *(end - a + s.tail_s for s, a in zip(stages, ahead, strict=True))])
+        for end in (pipeline, maximum(pipeline, launched))
+    )
+    once = cluster.chip.host_step_overhead_us.value * 1e-6
+    host = once + step - free
+    step = step + once
     n = len(stages)
 
     def mean(name: str) -> Number:
@@ -281,6 +337,14 @@ def closed_form(
     # One stage waits for nobody: what is left there is rounding.
     bubble = maximum(step - busy, 0.0) if degrees.pipeline > 1 else 0.0
     return ClosedForm(step, Parts(compute, a2a, other, host, imbalance, bubble), stages, times)
+
+
+def _last(ends: list[Number]) -> Number:
+    """The latest of several ends."""
+    out = ends[0]
+    for end in ends[1:]:
+        out = maximum(out, end)
+    return out
 
 
 def _chunk_times(stages: list[StageResult], times: list[PieceTime], workload: Workload) -> list[StageTimes]:

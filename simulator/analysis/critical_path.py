@@ -18,7 +18,7 @@ from simulator.results.timeline import KINDS, STREAMS, Timeline
 HOP = "waiting for hop"
 # Something that no row shows let the next one start.
 OTHER = "other waiting"
-_NETWORK = STREAMS.index("network")
+_COMPUTE = STREAMS.index("compute")
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ def _longest(timeline: Timeline) -> list[int]:
     import networkx
 
     start, end, before = timeline.start_s.tolist(), timeline.end_s.tolist(), timeline.predecessor.tolist()
-    device, compute = timeline.device.tolist(), (timeline.stream != _NETWORK).tolist()
+    device, compute = timeline.device.tolist(), (timeline.stream == _COMPUTE).tolist()
     graph: Any = networkx.DiGraph()
     rounding = _rounding(timeline)
     last: dict[int, int] = {}
@@ -88,8 +88,8 @@ def _longest(timeline: Timeline) -> list[int]:
 
 
 def _in_order(timeline: Timeline) -> NDArray[np.bool_]:
-    """Rows that others may wait for: all but the transfers that run beside compute and let nothing start."""
-    waits: NDArray[np.bool_] = (timeline.stream != _NETWORK) | (timeline.predecessor >= 0)
+    """Rows that others may wait for: all but transfers and launches that run beside compute and let nothing start."""
+    waits: NDArray[np.bool_] = (timeline.stream == _COMPUTE) | (timeline.predecessor >= 0)
     waits[timeline.predecessor[timeline.predecessor >= 0]] = True
     return waits
 

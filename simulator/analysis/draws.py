@@ -34,14 +34,21 @@ def _pipeline(job: Job, setup: Setup, formula: ClosedForm, excess: list[float]) 
     for p, stage in enumerate(formula.stages):
         assert stage.times is not None
         chunks = setup.devices[p].chunks[: setup.virtual]
-        hot_f = sum(c.forward.hot_s * excess[v * setup.stages + p] for v, c in enumerate(chunks))
-        hot_b = sum(c.input.hot_s * excess[v * setup.stages + p] for v, c in enumerate(chunks))
-        t, expected = stage.times, stage.imbalance_s / setup.microbatches
+        hidden = job.software.overlap.all_to_all
+        hot_f, hot_b = (
+            sum(
+                (x.hot_s + (0.0 if hidden else x.hot_network_s)) * excess[v * setup.stages + p]
+                for v, x in enumerate(passes)
+            )
+            for passes in ([c.forward for c in chunks], [c.input for c in chunks])
+        )
+        t = stage.times
         times.append(
             StageTimes(
-                float(t.forward - expected / 3 + hot_f),
-                float(t.backward_input - expected * 2 / 3 + hot_b),
+                float(t.forward - stage.hot_forward_s + hot_f),
+                float(t.backward_input - stage.hot_backward_s + hot_b),
                 float(t.backward_weight),
+                t.beside,
             )
         )
     schedule = "1f1b" if job.plan.schedule == "interleaved" else job.plan.schedule

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,8 +13,9 @@ from simulator.analysis.closed_form import ClosedForm
 from simulator.analysis.critical_path import critical_path
 from simulator.analysis.draws import out_of_memory, percentiles
 from simulator.analysis.event_options import EventOptions
-from simulator.costs.piece_times import Timer
+from simulator.costs.piece_times import Timer, launch_s
 from simulator.costs.reductions import StateCosts
+from simulator.engine.load_patterns import Patterns, load_patterns, no_pattern
 from simulator.engine.loads import expert_loads
 from simulator.engine.run import Engine, Run, Setup
 from simulator.engine.transport import Layout, Shared, Solo
@@ -72,11 +73,13 @@ def by_events(
             " use larger microbatches, or --engine closed-form"
         )
     loads = None
-    excess = even
+    excess: Callable[[int, int, int], float] = even
+    pattern: Patterns = no_pattern
     if job.model.moes and degrees.expert > 1:
         loads = expert_loads(job, degrees, groups, chosen.seed, folder=folder)
-        excess = loads.excess
+        excess, pattern = loads.excess, load_patterns(loads)
     setup = set_up(job, cluster, degrees, habits, workload, kernels, formula, memory.by_stage, excess, chosen)
+    setup = replace(setup, pattern=pattern)
     result = run_events(setup, transport_of(job, cluster, degrees, setup, chosen))
     difference = result.step_s / float(formula.step_s) - 1
     spread = risk = None
@@ -107,6 +110,7 @@ REASONS = {
     "all_to_all_s": "all-to-alls beside other traffic, or hidden more or less than layer by layer",
     "communication_s": "gradients and weights sharing links, or late for a stage that needs them",
     "imbalance_s": "the draw of the routing differs from its expectation",
+    "host_s": "kernels launched later than the device could start them",
     "bubble_s": "waiting in the pipeline: unequal stages, hops, or the slowest group",
 }
 
@@ -174,6 +178,7 @@ def set_up(
         straggler=straggler,
         base_bytes=[m.peak_bytes - m.activations_bytes for m in memory],
         host_s=cluster.chip.host_step_overhead_us.value * 1e-6,
+        launch_s=launch_s(job, cluster.chip, habits),
     )
 
 
@@ -210,7 +215,8 @@ def run_events(setup: Setup, transport: Callable[[Any], Any]) -> EventResult:
     names = tuple(
         f"stage {p}" + (f", group {g}" if setup.groups > 1 else "") for p in range(stages) for g in range(setup.groups)
     )
-    timeline = run.recorder.timeline(step, names, (setup.replicas,) * n, run.memory, engine.transport.links(step))
+    links, network = engine.transport.links(step), engine.transport.drawing(step)
+    timeline = run.recorder.timeline(step, names, (setup.replicas,) * n, run.memory, links, network)
     rows = timeline.kind == KINDS.index("all-to-all")
     exchanged = float((timeline.end_s[rows] - timeline.start_s[rows]).sum()) / n
     return EventResult(step, Parts(compute, a2a, other, host, imbalance, bubble), timeline, run, exchanged)

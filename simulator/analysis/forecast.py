@@ -12,6 +12,7 @@ from hw_profiles.schema import Chip
 from simulator.analysis.closed_form import ClosedForm, StageResult, busiest_rank, closed_form
 from simulator.analysis.event_options import EventOptions
 from simulator.analysis.evidence import cost_of, gather_evidence, interval
+from simulator.costs.piece_times import launch_s
 from simulator.job.job import Capacity, Job, RematPolicy
 from simulator.job.rules import Degrees, resolve
 from simulator.kernels.roofline import Kernels
@@ -96,7 +97,9 @@ def forecast_on(
         ops=_ops(degrees, workload, formula),
         routing=_routing(job, degrees, workload, busiest, folder),
         cost=cost_of(cluster, step, tokens),
-        evidence=gather_evidence(job, cluster, degrees, habits, kernels, _warnings(job, cluster, workload), profile),
+        evidence=gather_evidence(
+            job, cluster, degrees, habits, kernels, _warnings(job, cluster, workload, degrees, habits, formula), profile
+        ),
         events=events,
         timeline=timeline,
     )
@@ -247,7 +250,9 @@ def _summary(job: Job, cluster: Cluster, degrees: Degrees) -> JobSummary:
     )
 
 
-def _warnings(job: Job, cluster: Cluster, workload: Workload) -> list[str]:
+def _warnings(
+    job: Job, cluster: Cluster, workload: Workload, degrees: Degrees, habits: Habits, formula: ClosedForm
+) -> list[str]:
     """What the reader should know about how the question was understood."""
     out = []
     capacity = job.training.capacity
@@ -259,6 +264,14 @@ def _warnings(job: Job, cluster: Cluster, workload: Workload) -> list[str]:
                     " a microbatch has no more"
                     f" (training.capacity.group_tokens asks {capacity.group_tokens})"
                 )
+    busiest = max(formula.stages, key=lambda s: sum(s.kernels))
+    kernels = sum(busiest.kernels) * degrees.microbatches
+    launches = launch_s(job, cluster.chip, habits) * kernels
+    if launches > busiest.compute_s:
+        out.append(
+            f"launch-bound: the host needs {launches:.3g} s to launch {kernels:,.0f} kernels a step, the device"
+            f" {float(busiest.compute_s):.3g} s to run them; software.graphs: true launches them together"
+        )
     if offload_names(job) and cluster.chip.host_link_gb_per_s is None:
         out.append(f"{cluster.chip.name} has no host link in its profile: offloading is taken as free")
     if job.training.dispatch.transport == "fused" and job.model.moes:

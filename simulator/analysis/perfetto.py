@@ -1,7 +1,7 @@
 """A timeline as a trace that ui.perfetto.dev (and chrome://tracing) opens: Chrome's JSON trace event format.
 
-One process per device class; its compute and network streams are threads. Arrows lead from the row of another class
-that a row waited for. Times become whole nanoseconds, so that rows which touch do not overlap by rounding.
+One process per device class; its compute, network and host streams are threads. Arrows lead from the row of another
+class that a row waited for. Times become whole nanoseconds, so that rows which touch do not overlap by rounding.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from hw_profiles.cluster import Cluster
+from hw_profiles.schema import Chip
 from simulator.job.job import Job
 from simulator.job.rules import Degrees
 from simulator.kernels.roofline import Kernels
@@ -36,7 +37,10 @@ class OpTime:
 
 @dataclass(slots=True)
 class CommTime:
-    """One collective: group, bytes per call, calls of one microbatch, seconds a call."""
+    """One collective: group, bytes per call, calls of one microbatch, seconds a call.
+
+    `hot_s` is what a load of twice the mean on the busiest rank adds to a call.
+    """
 
     scope: str
     kind: str
@@ -48,13 +52,16 @@ class CommTime:
     level: str
     stride: int = 1
     between: float = 1.0
+    hot_s: Number = 0.0
+    to_experts: tuple[bool, bool] = (True, True)
 
 
 @dataclass(slots=True)
 class PieceTime:
-    """All of a piece. Compute seconds are at balanced load; `hot_s` is what the busiest expert rank adds.
+    """All of a piece. Seconds are at balanced load; `hot_unit_s` is what a load of twice the mean would add to compute.
 
-    `hot_unit_s` is what a load of twice the mean would add, both passes together.
+    It is of both passes together; `hot_forward_s` and `hot_backward_s` are the same for the all-to-alls of each pass.
+    `..._kernels` are what the host launches for each pass, collectives included.
     """
 
     piece: Piece
@@ -67,9 +74,13 @@ class PieceTime:
     backward_all_to_all_s: Number = 0.0
     forward_other_s: Number = 0.0
     backward_other_s: Number = 0.0
-    hot_s: Number = 0.0
     hot_unit_s: Number = 0.0
+    hot_forward_s: Number = 0.0
+    hot_backward_s: Number = 0.0
     host_s: Number = 0.0
+    forward_kernels: float = 0.0
+    input_kernels: float = 0.0
+    weight_kernels: float = 0.0
     model_flops: Number = 0.0
     executed_flops: Number = 0.0
 
@@ -118,7 +129,6 @@ class Timer:
             self._op(out, op)
         for comm in piece.work.comms:
             self._comm(out, comm)
-        out.hot_s = out.hot_unit_s * (self.busiest - 1)
         if self.offload and piece.is_layer:
             self._offload(out)
         return out
@@ -129,7 +139,10 @@ class Timer:
         again = out.piece.is_layer and is_recomputed(op, self.names) and not op.dead_on_recompute
         recompute = forward if again else 0.0
         out.forward_s = out.forward_s + forward
+        out.forward_kernels += 1
+        out.input_kernels += 2 if again else 1
         if op.kind == "matmul":
+            out.weight_kernels += 1
             out.backward_input_s = out.backward_input_s + backward / 2 + recompute
             out.backward_weight_s = out.backward_weight_s + backward / 2
         else:
@@ -169,22 +182,29 @@ class Timer:
             if kind == "permute":
                 # Keys and values go round a ring of n ranks in n - 1 steps.
                 seconds = (size - 1) * rate.seconds(comm.bytes)
+            steps = size - 1 if kind == "permute" else 1
+            out.forward_kernels += steps * forward
+            out.input_kernels += steps * backward
             stride = self.degrees.strides[comm.axis]
+            more = minimum(seconds, comm.bytes * rate.seconds_per_byte) if comm.hot and kind == "all_to_all" else 0.0
             out.comms.append(
-                CommTime(comm.scope, kind, size, comm.bytes, forward, backward, seconds, rate.level, stride, between)
-            )
+                CommTime(
+                    comm.scope, kind, size, comm.bytes, forward, backward, seconds, rate.level, stride, between, more,
+                    comm.to_experts,
+                )
+            )  # fmt: skip
             if kind == "all_to_all":
                 out.forward_all_to_all_s = out.forward_all_to_all_s + forward * seconds
                 out.backward_all_to_all_s = out.backward_all_to_all_s + backward * seconds
-                if comm.hot:
-                    out.hot_unit_s = out.hot_unit_s + (forward + backward) * minimum(
-                        seconds, comm.bytes * rate.seconds_per_byte
-                    )
+                out.hot_forward_s = out.hot_forward_s + forward * more
+                out.hot_backward_s = out.hot_backward_s + backward * more
             else:
                 out.forward_other_s = out.forward_other_s + forward * seconds
                 out.backward_other_s = out.backward_other_s + backward * seconds
 
     def _kinds(self, comm: Comm) -> tuple[str, ...]:
+        if comm.kind == "sum":
+            return ("all_gather", "reduce_scatter") if self.job.plan.sequence_parallel else ("all_reduce",)
         if comm.kind == "tensor":
             return (
                 ("all_gather", "reduce_scatter")
@@ -216,3 +236,10 @@ class Timer:
         out.host_s = maximum(each_way - out.forward_s, 0.0) + maximum(
             each_way - out.backward_input_s - out.backward_weight_s, 0.0
         )
+
+
+def launch_s(job: Job, chip: Chip, habits: Habits) -> float:
+    """Seconds that the host needs to launch one kernel; 0 where one launch starts a whole graph or XLA program."""
+    if job.software.graphs or habits.xla or chip.host_launch_us is None:
+        return 0.0
+    return chip.host_launch_us.value * 1e-6

@@ -57,7 +57,7 @@ class StateCosts:
     def _reduces_whole(self, shard: int) -> bool:
         """XLA:TPU all-reduces wide FSDP gradients (v5e, v5p, v6e, seen at 64 ways; facts/aot.md), TPU 7x does not."""
         chip = self.cluster.chip
-        return self.habits.xla and chip.kind == "tpu" and chip.name != "tpu7x" and shard > 8
+        return self.habits.xla and not self.habits.own and chip.kind == "tpu" and chip.name != "tpu7x" and shard > 8
 
     @property
     def every_microbatch(self) -> bool:
@@ -73,7 +73,7 @@ class StateCosts:
                 ("expert_data", self.shards.expert, expert, "experts.parameters"),
             ):
                 if size > 1 and parameters:
-                    bytes_ = parameters * self.habits.gather_bytes
+                    bytes_ = parameters * self.habits.new_weight_bytes
                     out.append(self._comm(f"{what}.all_gather", "all_gather", size, axis, bytes_))
         return out
 

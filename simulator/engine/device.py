@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import simpy
 
-from simulator.engine.record import COMPUTE, KIND, NETWORK
+from simulator.engine.load_patterns import LoadPattern
+from simulator.engine.record import COMPUTE, HOST, KIND, NETWORK
 from simulator.engine.work import ChunkWork, PassWork, Transfer
+from simulator.network.flight import TICK_S
 from simulator.workload.orders import BACKWARD, FORWARD, INPUT, WEIGHT, Action, model_stage
 
 if TYPE_CHECKING:
@@ -38,6 +40,8 @@ class Device:
         self.work = self.setup.devices[p]
         self.order = self.setup.orders[p]
         self.spent = engine.spent[self.index]
+        # When the host has launched all kernels so far: it never waits for the device, and runs ahead of it.
+        self.launched = 0.0
         self.straggle = self.setup.straggler(p, g)
         # Reductions under way: transfer, event.
         self.pending: list[tuple[Transfer, simpy.Event]] = []
@@ -92,8 +96,17 @@ class Device:
         passes = [(a, one) for a in actions for one in _passes(self.work.chunks[a.chunk], a)]
         self._remember(actions, FORWARD)
         compute = sum(one.compute_s for _, one in passes) * self.straggle
+        kernels, begun = sum(one.kernels for _, one in passes), self.launched
+        self.launched += self.setup.launch_s * kernels
+        if kernels:
+            before = yield from self._launches(begun, begun + self.setup.launch_s, actions[0], before)
         start = engine.now()
-        running = [(t, engine.send(self.p, self.g, t)) for _, one in passes for t in one.transfers if t.overlapped]
+        running = [
+            (t, engine.send(self.p, self.g, t, self._pattern(a, t)))
+            for a, one in passes
+            for t in one.transfers
+            if t.overlapped
+        ]
         needed, reductions, layers = self._bound(i, actions)
         if needed or reductions:
             yield from self._sliced(actions[0], compute, needed, reductions, layers)
@@ -110,16 +123,30 @@ class Device:
             yield from self._slowed(running, start, compute)
         kind = KIND["forward and backward"] if len(actions) > 1 else PASS_KIND[actions[0].kind]
         row = self._add(COMPUTE, kind, actions[0], start, engine.now(), before)
+        if kernels:
+            # The last kernel cannot start before it is launched.
+            row = yield from self._launches(begun, self.launched + compute / kernels, actions[0], row)
         if running:
             row = yield from self._hidden(running, actions[0], before, row)
-        for t in (t for _, one in passes for t in one.transfers if not t.overlapped):
+        for a, t in ((a, t) for a, one in passes for t in one.transfers if not t.overlapped):
             begin = engine.now()
-            yield engine.send(self.p, self.g, t)
-            self._charge(t, engine.now() - begin)
+            event = engine.send(self.p, self.g, t, self._pattern(a, t))
+            yield event
+            self._charge(t, engine.now() - begin, event)
             row = self._add(NETWORK, TRANSFER_KIND[t.name], actions[0], begin, engine.now(), row)
         row = yield from self._rest(passes, actions[0], row)
         self._remember(actions, BACKWARD)
         return row
+
+    def _launches(self, begun: float, time_s: float, label: Action, row: int) -> Steps:
+        """Wait until `time_s` for kernels that the host has been launching since `begun`; the row that ended last."""
+        begin = self.engine.now()
+        if not self.setup.launch_s or time_s - begin <= TICK_S:
+            return row
+        yield self.engine.pause(time_s - begin)
+        self.spent.host_s += self.engine.now() - begin
+        self._add(HOST, KIND["launch"], label, begun, self.launched, -1)
+        return self._add(COMPUTE, KIND["host"], label, begin, self.engine.now(), row)
 
     def _slowed(
         self, running: list[tuple[Transfer, simpy.Event]], start: float, compute: float
@@ -142,7 +169,7 @@ class Device:
             if not event.processed:
                 begin = self.engine.now()
                 yield event
-                self._charge(t, self.engine.now() - begin)
+                self._charge(t, self.engine.now() - begin, event)
                 last = event
         for t, event in running:
             begin, end = self._span(event)
@@ -155,10 +182,7 @@ class Device:
         hot = 0.0
         for a, one in passes:
             if one.hot_s:
-                stage = model_stage(self.setup.schedule, self.p, a.chunk, self.setup.stages)
-                # DualPipe counts microbatches from both ends.
-                microbatch = 2 * a.microbatch + a.chunk if self.setup.schedule == "dualpipe" else a.microbatch
-                hot += one.hot_s * self.setup.excess(self.g, stage, microbatch)
+                hot += one.hot_s * self.setup.excess(self.g, *self._place(a))
         parts = (
             ("tensor", sum(one.serial_s for _, one in passes)),
             ("host", sum(one.host_s for _, one in passes)),
@@ -242,8 +266,9 @@ class Device:
             return row
         for j, t in enumerate(transfers):
             begin = self.engine.now()
-            yield self.engine.shared(self.p, self.g, t, (name, self.p, j))
-            self._charge(t, self.engine.now() - begin)
+            event = self.engine.shared(self.p, self.g, t, (name, self.p, j))
+            yield event
+            self._charge(t, self.engine.now() - begin, event)
             row = self._add(NETWORK, TRANSFER_KIND[t.name], None, begin, self.engine.now(), row)
         return row
 
@@ -274,9 +299,20 @@ class Device:
         span: tuple[float, float] = self.engine.transport.span(event)
         return span
 
-    def _charge(self, t: Transfer, seconds: float) -> None:
+    def _place(self, a: Action) -> tuple[int, int]:
+        """Model stage and number of the microbatch of an action; DualPipe counts microbatches from both ends."""
+        stage = model_stage(self.setup.schedule, self.p, a.chunk, self.setup.stages)
+        return stage, 2 * a.microbatch + a.chunk if self.setup.schedule == "dualpipe" else a.microbatch
+
+    def _pattern(self, a: Action, t: Transfer) -> LoadPattern | None:
+        return self.setup.pattern(self.g, *self._place(a)) if t.hot else None
+
+    def _charge(self, t: Transfer, seconds: float, event: simpy.Event) -> None:
+        """Note a wait for a finished transfer; what an even all-to-all would not have taken is imbalance."""
         if t.name == "all-to-all":
-            self.spent.all_to_all_s += seconds
+            uneven = seconds * self.engine.transport.uneven_share(event) if t.hot else 0.0
+            self.spent.imbalance_s += uneven
+            self.spent.all_to_all_s += seconds - uneven
         else:
             self.spent.other_s += seconds
 
@@ -313,4 +349,4 @@ def _beside(transfers: list[Transfer]) -> bool:
 
 
 def _part(t: Transfer, share: float) -> Transfer:
-    return replace(t, bytes=t.bytes * share, calls=t.calls * share)
+    return replace(t, bytes=t.bytes * share, calls=t.calls * share, out_bytes=t.out_bytes * share)

@@ -141,7 +141,7 @@ class ExpertLoads:
         self._most = 0.0
         if plan.ranks > 1:
             for i, layer in enumerate(plan.layers):
-                peaks = self._draw(i).max(axis=-1)
+                peaks = self.draw_layer(i).max(axis=-1)
                 self._most = max(self._most, float(peaks.max()))
                 excess[i] = peaks * (plan.ranks / (layer.tokens * layer.moe.top_k)) - 1
         elif plan.layers:
@@ -170,7 +170,7 @@ class ExpertLoads:
     def rank_loads(self, layer: int, microbatch: int, group: int) -> Array:
         """Assignments at each rank, [R], before any drops; `layer` counts the layers with experts from 0."""
         if self._last is None or self._last[0] != layer:
-            self._last = (layer, self._draw(layer))
+            self._last = (layer, self.draw_layer(layer))
         loads: Array = self._last[1][group, microbatch]
         return loads
 
@@ -206,8 +206,8 @@ class ExpertLoads:
             self._known[key] = balance(shares[order].tolist(), plan.ranks, slots)
         return [[int(order[e]) for e in own] for own in self._known[key]]
 
-    def _draw(self, i: int) -> Array:
-        """Loads of one layer, [G, M, R]; the generator depends on seed and layer only."""
+    def draw_layer(self, i: int) -> Array:
+        """Loads of one layer (counted from 0), [G, M, R]; the generator depends on seed and layer only."""
         rng = np.random.default_rng([self.seed, i])
         layer, plan = self.plan.layers[i], self.plan
         shares = layer_shares(rng, plan, i)

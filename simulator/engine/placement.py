@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hw_profiles.errors import QuestionError
-from hw_profiles.yaml_reader import parse_yaml, read_text
+from hw_profiles.yaml_reader import inside, parse_yaml, read_text
 
 Ranks = list[list[int]]
 Loads = NDArray[np.float64] | Sequence[float]
@@ -202,14 +202,3 @@ def _check(plan: Any, start: str, experts: int, ranks: int) -> None:
         seen.update(own)
     if len(seen) < experts:
         raise QuestionError(f"{start}: expert {min(set(range(experts)) - seen)} is on no rank")
-
-
-def inside(name: str, folder: Path, start: str) -> Path:
-    """`name` under `folder`; QuestionError, beginning with `start`, where it leaves it or is no path."""
-    try:
-        if (folder / name).resolve().is_relative_to(folder.resolve()):
-            return folder / name
-        rule = "must lie in the job's folder"
-    except (OSError, RuntimeError, ValueError):
-        rule = "not a path: it has a loop, a NUL character or a name too long"
-    raise QuestionError(f"{start}: {rule}")

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from simulator.results.links import LinkUse
+from simulator.results.links import Drawing, LinkUse
 from simulator.results.timeline import KINDS, Timeline
 
 KIND = {name: i for i, name in enumerate(KINDS)}
-COMPUTE, NETWORK = 0, 1
+COMPUTE, NETWORK, HOST = 0, 1, 2
 
 
 @dataclass(slots=True)
@@ -67,6 +67,7 @@ class Recorder:
         replicas: tuple[int, ...],
         memory: list[tuple[list[float], list[float]]],
         links: tuple[LinkUse, ...],
+        network: Drawing | None = None,
     ) -> Timeline:
         """The finished record."""
         return Timeline(
@@ -83,4 +84,5 @@ class Recorder:
             step_s=step_s,
             memory=tuple((np.array(t), np.array(b)) for t, b in memory),
             links=links,
+            network=network,
         )

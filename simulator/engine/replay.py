@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hw_profiles.errors import QuestionError, nearest
-from simulator.engine.placement import inside
+from hw_profiles.yaml_reader import inside
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -17,6 +17,7 @@ import simpy
 
 from hw_profiles.errors import QuestionError
 from simulator.engine.device import Device
+from simulator.engine.load_patterns import LoadPattern
 from simulator.engine.record import Recorder, Spent
 from simulator.engine.setup import Run, Setup
 from simulator.engine.work import Transfer
@@ -122,9 +123,9 @@ class Engine:
 
     # On the network --------------------------------------------------------------------------------------------------
 
-    def send(self, p: int, g: int, t: Transfer) -> simpy.Event:
-        """Start a transfer of one class."""
-        event: simpy.Event = self.transport.transfer(t, p, g)
+    def send(self, p: int, g: int, t: Transfer, pattern: LoadPattern | None = None) -> simpy.Event:
+        """Start a transfer of one class; `pattern` are the loads of its ranks where they are uneven."""
+        event: simpy.Event = self.transport.transfer(t, p, g, pattern)
         return event
 
     def shared(self, p: int, g: int, t: Transfer, key: tuple[object, ...]) -> simpy.Event:

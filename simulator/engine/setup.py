@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from simulator.engine.load_patterns import Patterns, no_pattern
 from simulator.engine.record import Recorder, Spent
 from simulator.engine.work import DeviceWork
 from simulator.workload.orders import Action
@@ -15,8 +16,10 @@ class Setup:
     """Everything a run needs, priced and resolved.
 
     `excess(group, stage, microbatch)` is the busiest expert rank's load over the mean, minus one, averaged over the
-    layers with experts of a model stage. `slowdown` is what overlapped communication costs the compute beside it (0.1:
-    a tenth longer). `straggler(stage, group)` multiplies compute. `base_bytes` are the bytes a rank always holds.
+    layers with experts of a model stage; `pattern` the loads of all its ranks, for all-to-alls. `slowdown` is what
+    overlapped communication costs the compute beside it (0.1: a tenth longer). `straggler(stage, group)` multiplies
+    compute. `base_bytes` are the bytes a rank always holds. `launch_s` is what the host needs to launch one kernel; 0
+    where whole programs are launched.
     """
 
     schedule: str
@@ -32,6 +35,8 @@ class Setup:
     straggler: Callable[[int, int], float]
     base_bytes: list[float]
     host_s: float
+    pattern: Patterns = no_pattern
+    launch_s: float = 0.0
 
     @property
     def stages(self) -> int:

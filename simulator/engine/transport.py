@@ -10,20 +10,25 @@ from typing import Any, Literal
 
 import numpy as np
 import simpy
+from numpy.typing import NDArray
 
 from hw_profiles.cluster import Cluster
 from hw_profiles.errors import QuestionError
+from simulator.engine.load_patterns import LoadPattern, no_pattern
 from simulator.engine.setup import Setup
 from simulator.engine.work import Transfer
 from simulator.network.coflow import Coflow, Part
 from simulator.network.collectives import Network
+from simulator.network.drawing import draw
 from simulator.network.flight import TICK_S
 from simulator.network.fluid import Fluid
-from simulator.network.folding import fold
+from simulator.network.folding import fold, onto
 from simulator.network.graph_file import topology_from_file
-from simulator.network.templates import Templates
+from simulator.network.templates import Templates, solo_seconds_over
 from simulator.network.transfers import FluidProcess
-from simulator.results.links import LinkUse
+from simulator.results.links import Drawing, LinkUse
+
+Array = NDArray[np.float64]
 
 
 class Solo:
@@ -36,12 +41,18 @@ class Solo:
         self.env, self.network = env, network
         self._free: dict[tuple[int, bool], dict[int, int]] = {}
 
-    def seconds(self, t: Transfer) -> float:
-        """Seconds of a transfer: its calls one after the other at the solo rate."""
-        rate = self.network.rate(t.kind, t.size, t.stride, t.between)
-        return float(t.calls * rate.seconds(t.bytes / t.calls)) if t.calls else 0.0
+    def seconds(self, t: Transfer, excess: float = 0.0) -> tuple[float, float]:
+        """Seconds of a transfer, its calls in turn at the solo rate; and what the busiest rank's excess adds.
 
-    def transfer(self, t: Transfer, stage: int, group: int) -> simpy.Event:
+        The excess load takes the rate of large messages, and no longer than an even load of its size would.
+        """
+        if not t.calls:
+            return 0.0, 0.0
+        rate, each = self.network.rate(t.kind, t.size, t.stride, t.between), t.bytes / t.calls
+        even = float(rate.seconds(each))
+        return t.calls * even, t.calls * excess * min(even, each * rate.seconds_per_byte)
+
+    def transfer(self, t: Transfer, stage: int, group: int, pattern: LoadPattern | None = None) -> simpy.Event:
         """Start it now; the event fires at its end."""
         # All-to-alls that nothing hides do not wait for what runs in the background.
         lanes = self._free.setdefault((stage, t.name == "all-to-all" and not t.overlapped), {})
@@ -49,18 +60,29 @@ class Solo:
         before = max(lanes.values(), default=0) if group == -1 else max(lanes.get(group, 0), lanes.get(-1, 0))
         now = int(self.env.now)
         begin = max(now, before)
-        end = lanes[group] = begin + round(self.seconds(t) / TICK_S)
-        return self.env.timeout(end - now, value=(begin, end))
+        even, more = self.seconds(t, pattern.excess if pattern else 0.0)
+        end = lanes[group] = begin + round((even + more) / TICK_S)
+        return self.env.timeout(end - now, value=(begin, end, more / (even + more) if more else 0.0))
 
     def links(self, step_s: float) -> tuple[LinkUse, ...]:
         """No links are looked at here."""
         del step_s
         return ()
 
+    def drawing(self, step_s: float) -> Drawing | None:
+        """Nor drawn."""
+        del step_s
+        return None
+
     def span(self, event: simpy.Event) -> tuple[float, float]:
         """When a transfer began to move and ended, seconds."""
-        begin, end = event.value  # type: ignore[misc]
+        begin, end, _ = event.value  # type: ignore[misc]
         return float(begin * TICK_S), float(end * TICK_S)
+
+    def uneven_share(self, event: simpy.Event) -> float:
+        """The share of a finished transfer's time that an even one would not have taken."""
+        share: float = event.value[2]  # type: ignore[index]
+        return share
 
 
 class Shared:
@@ -68,10 +90,13 @@ class Shared:
 
     The groups of a stage that make the same transfer are one coflow. Links that all coflows load alike are folded into
     one, unless links are slowed by name (`slow_links`: whole words of a link's name, factor on its bandwidth).
+
+    An uneven all-to-all goes to the experts and then back, each way with the bytes of its pattern; a class sends those
+    one after the other, as its library's stream does. It is cut into classes of flows where others share its links.
     """
 
     def __init__(self, env: simpy.Environment, setup: Setup, layout: Layout, slow_links: dict[str, float]) -> None:
-        self.setup, self.layout = setup, layout
+        self.env, self.setup, self.layout = env, setup, layout
         graph = None if layout.graph is None else topology_from_file(layout.graph)
         self.templates = Templates(layout.cluster, graph)
         topology = self.templates.topology
@@ -87,12 +112,19 @@ class Shared:
             bandwidth[found] *= factor
         asked = sorted({self._question(t, p, g) for p, g, t in self._all()})
         unit = [self._unit(*q) for q in asked]
+        self._place: NDArray[np.int64] | None = None
         if slow_links:
-            self.kept = np.arange(topology.links)
+            self.kept = self._class = np.arange(topology.links)
         else:
-            unit, bandwidth, self.kept = fold(unit, bandwidth)
+            probes = [Coflow("probe", "all_to_all", parts) for parts in self._probes()]
+            folded, bandwidth, self.kept, self._class = fold([*unit, *probes], bandwidth)
+            unit = folded[: len(unit)]
+            self._place = np.full(topology.links, -1)
+            self._place[self.kept] = np.arange(self.kept.size)
         self._units = dict(zip(asked, unit, strict=True))
-        self._ready: dict[tuple[Transfer, int, int], Coflow] = {}
+        self._ready: dict[tuple[Transfer, int, int, LoadPattern | None, bool], Coflow] = {}
+        self._uneven: dict[tuple[object, ...], tuple[Part, ...]] = {}
+        self._last: dict[tuple[int, int], simpy.Event] = {}
         self.fluid = Fluid(bandwidth)
         self.process = FluidProcess(env, self.fluid)
 
@@ -105,6 +137,16 @@ class Shared:
             group = -1 if self.setup.groups > 1 else 0
             yield from ((p, group, t) for t in (*work.reductions, *work.gathers))
 
+    def _probes(self) -> Iterator[tuple[Part, ...]]:
+        """Uneven all-to-alls with loads that nothing else has: links that these load alike, all patterns do."""
+        seen = set()
+        for p, g, t in self._all():
+            key = (t.size, t.stride, t.between, p, g)
+            if t.hot and t.size > 1 and key not in seen and self.setup.pattern is not no_pattern:
+                seen.add(key)
+                loads = np.random.default_rng(0).uniform(0.5, 1.5, t.size)
+                yield from (self._parts(t, p, g, loads, way, fine=False) for way in (True, False))
+
     def _question(self, t: Transfer, stage: int, group: int) -> tuple[str, int, int, float, int, int]:
         return t.kind, t.size, t.stride, t.between, stage, group
 
@@ -112,31 +154,94 @@ class Shared:
         """The coflow of one byte a rank, of the groups of a stage: all of them, or an expert group's own."""
         if size <= 1:
             return Coflow("nothing", kind, ())
-        members = self.templates.members(size, stride)
-        mine = [i for i, first in enumerate(members[:, 0].tolist()) if self.layout.stage_of(first) == stage]
-        share = 1.0
-        if group >= 0 and self.setup.groups > 1:
-            if kind == "all_to_all" and len(mine) == self.setup.groups:
-                mine = mine[group : group + 1]
-            else:
-                # Groups of the engine that are not this collective's groups each start an equal share of all of it.
-                share = 1 / self.setup.groups
+        mine, share = self._groups(kind, size, stride, stage, group)
         transport = self.layout.transport if kind == "all_to_all" else "collective"
-        unit = self.templates.shape(kind, size, stride, tuple(mine), transport, between)
+        unit = self.templates.shape(kind, size, stride, mine, transport, between)
         return unit if share == 1.0 else replace(unit, parts=_scaled(unit.parts, share))
 
-    def transfer(self, t: Transfer, stage: int, group: int) -> simpy.Event:
-        """Start it now; the event fires at its end."""
-        key = (t, stage, group)
+    def _groups(self, kind: str, size: int, stride: int, stage: int, group: int) -> tuple[tuple[int, ...], float]:
+        """The groups of a stage that a class's collective stands for, and its share of their bytes."""
+        members = self.templates.members(size, stride)
+        mine = [i for i, first in enumerate(members[:, 0].tolist()) if self.layout.stage_of(first) == stage]
+        if group < 0 or self.setup.groups == 1:
+            return tuple(mine), 1.0
+        if kind == "all_to_all" and len(mine) == self.setup.groups:
+            return (mine[group],), 1.0
+        # Groups of the engine that are not this collective's groups each start an equal share of all of it.
+        return tuple(mine), 1 / self.setup.groups
+
+    def _parts(
+        self, t: Transfer, stage: int, group: int, loads: Array, to_experts: bool, fine: bool
+    ) -> tuple[Part, ...]:
+        mine, share = self._groups(t.kind, t.size, t.stride, stage, group)
+        parts = self.templates.uneven(t.size, t.stride, mine, loads, to_experts, self.layout.transport, t.between, fine)
+        return _scaled(parts, share)
+
+    def transfer(self, t: Transfer, stage: int, group: int, pattern: LoadPattern | None = None) -> simpy.Event:
+        """Start it now; the event fires at its end. Uneven all-to-alls of a class follow each other."""
+        if pattern is None or t.size == 1:
+            return self.process.transfer(self._coflow(t, stage, group, None, fine=False))
+        before, lane = self._last.get((stage, group)), (stage, group)
+        if before is None or before.processed:
+            event = self._last[lane] = self._start(t, stage, group, pattern)
+            return event
+        done = self._last[lane] = self.env.event()
+
+        def start(_: simpy.Event) -> None:
+            def tell(ended: simpy.Event) -> None:
+                done.succeed(ended.value)
+
+            self._start(t, stage, group, pattern).callbacks.append(tell)
+
+        before.callbacks.append(start)
+        return done
+
+    def _start(self, t: Transfer, stage: int, group: int, pattern: LoadPattern) -> simpy.Event:
+        coflow = self._coflow(t, stage, group, pattern, fine=False)
+        if self.fluid.contends(coflow):
+            coflow = self._coflow(t, stage, group, pattern, fine=True)
+        return self.process.transfer(coflow)
+
+    def _coflow(self, t: Transfer, stage: int, group: int, pattern: LoadPattern | None, fine: bool) -> Coflow:
+        key = (t, stage, group, pattern, fine)
         coflow = self._ready.get(key)
         if coflow is None:
-            unit, wait = self._units[self._question(t, stage, group)], 0.0
-            parts: tuple[Part, ...] = ()
-            if t.bytes > 0 and unit.parts:
+            coflow = self._units[self._question(t, stage, group)]
+            wait, factor = 0.0, 0.0
+            if t.bytes > 0 and coflow.parts:
                 wait, factor = self.templates.start(t.kind, t.size, t.stride, t.between, t.bytes / t.calls)
-                parts = _scaled(unit.parts, t.bytes * factor)
-            coflow = self._ready[key] = replace(unit, name=t.name, parts=parts, latency_s=wait * t.calls)
-        return self.process.transfer(coflow)
+            parts = _scaled(coflow.parts, t.bytes * factor) if factor else ()
+            coflow = replace(coflow, name=t.name, parts=parts, latency_s=wait * t.calls)
+            if pattern is not None and parts:
+                ways = [(True, t.out_bytes * factor), (False, (t.bytes - t.out_bytes) * factor)]
+                phases = [_scaled(self._shape(t, stage, group, pattern, w, fine), b) for w, b in ways if b > 0]
+                even = solo_seconds_over(coflow, self.fluid.bandwidth)
+                coflow = replace(
+                    coflow, parts=tuple(p for x in phases for p in x), phases=tuple(len(x) for x in phases)
+                )
+                alone = solo_seconds_over(coflow, self.fluid.bandwidth)
+                coflow.meta["uneven"] = max(0.0, 1 - even / alone)
+            self._ready[key] = coflow
+        return coflow
+
+    def _shape(
+        self, t: Transfer, stage: int, group: int, pattern: LoadPattern, to_experts: bool, fine: bool
+    ) -> tuple[Part, ...]:
+        """Parts of one byte a rank, over the folded links; all-to-alls that differ in bytes alone share them."""
+        key = (t.size, t.stride, t.between, stage, group, pattern, to_experts, fine)
+        parts = self._uneven.get(key)
+        if parts is None:
+            parts = self._parts(t, stage, group, pattern.ranks_R, to_experts, fine)
+            if self._place is not None:
+                parts = tuple(onto(p, self._place) for p in parts)
+            self._uneven[key] = parts
+        return parts
+
+    def uneven_share(self, event: simpy.Event) -> float:
+        """The share of a finished transfer's time that an even one would not have taken, both alone."""
+        flight: Any = event.value
+        share: float = flight.coflow.meta.get("uneven", 0.0)
+        return share
 
     def span(self, event: simpy.Event) -> tuple[float, float]:
         """When a transfer began to move and ended, seconds."""
@@ -160,6 +265,16 @@ class Shared:
             for i in order.tolist()
             if carried[i] > 0
         )
+
+    def drawing(self, step_s: float) -> Drawing | None:
+        """The network with the share of the step that its links are busy, folded ones as those that stand for them.
+
+        None where nobody sends anything.
+        """
+        if not self.kept.size:
+            return None
+        busy = self.fluid.link_bytes() / (self.fluid.bandwidth * step_s)
+        return draw(self.templates.topology, np.where(self._class >= 0, busy[self._class], 0.0))
 
 
 def _scaled(parts: tuple[Part, ...], factor: float) -> tuple[Part, ...]:

@@ -19,7 +19,10 @@ from simulator.workload.stages import Workload, offload_names, recompute_names
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
-    """A collective of one action: its group, the bytes of all its calls together, and how many calls there are."""
+    """A collective of one action: its group, the bytes of all its calls together, and how many calls there are.
+
+    `out_bytes` of an all-to-all go to the experts, the others come back; `hot` says whether busy ranks have more.
+    """
 
     name: str
     kind: str
@@ -29,27 +32,33 @@ class Transfer:
     calls: float = 1.0
     between: float = 1.0
     overlapped: bool = False
+    out_bytes: float = 0.0
+    hot: bool = False
 
 
 @dataclass(slots=True)
 class PassWork:
     """One pass of a chunk: seconds of compute, of collectives in tensor and context groups, of exposed host traffic.
 
-    `hot_s` is what a load of twice the mean on the busiest rank would add over all `hot_layers` layers with experts.
+    `hot_s` is what a load of twice the mean on the busiest rank would add to the compute of the layers with experts,
+    `hot_network_s` to their all-to-alls. `kernels` are what the host launches for the pass.
     """
 
     compute_s: float = 0.0
     serial_s: float = 0.0
     host_s: float = 0.0
     hot_s: float = 0.0
-    hot_layers: int = 0
+    hot_network_s: float = 0.0
+    kernels: float = 0.0
     transfers: list[Transfer] = field(default_factory=list)
 
     def add(self, new: Transfer) -> None:
         """Add a transfer; calls over the same group become one, since nothing happens between them."""
         for i, t in enumerate(self.transfers):
-            if replace(t, bytes=0, calls=0) == replace(new, bytes=0, calls=0):
-                self.transfers[i] = replace(t, bytes=t.bytes + new.bytes, calls=t.calls + new.calls)
+            if replace(t, bytes=0, calls=0, out_bytes=0) == replace(new, bytes=0, calls=0, out_bytes=0):
+                self.transfers[i] = replace(
+                    t, bytes=t.bytes + new.bytes, calls=t.calls + new.calls, out_bytes=t.out_bytes + new.out_bytes
+                )
                 return
         self.transfers.append(new)
 
@@ -113,7 +122,8 @@ class WorkBuilder:
         expert = sum(p.expert_parameters * n for p, n in pairs)
         layers = max(1, sum(c.layers for c in chunks))
         overlap = self.job.software.overlap
-        reductions = [_whole(c, "gradients", overlap.gradients) for c in self.costs.reductions(dense, expert)]
+        summed = sum(p.dense_parameters * n for p, n in pairs if p.is_reduced)
+        reductions = [_whole(c, "gradients", overlap.gradients) for c in self.costs.reductions(summed, expert)]
         if self.costs.every_microbatch:
             for chunk in chunks:
                 share = chunk.layers / layers
@@ -144,8 +154,11 @@ class WorkBuilder:
                 # A backward pass of experts is two products to the forward's one.
                 forward.hot_s += n * t.hot_unit_s / 3
                 inputs.hot_s += n * t.hot_unit_s * 2 / 3
-                forward.hot_layers += n
-                inputs.hot_layers += n
+            forward.kernels += n * t.forward_kernels
+            inputs.kernels += n * t.input_kernels
+            weight.kernels += n * t.weight_kernels
+            forward.hot_network_s += n * t.hot_forward_s
+            inputs.hot_network_s += n * t.hot_backward_s
             self._all_to_alls(forward, inputs, t, n)
             self._gathers(forward, inputs, t, n)
             kept += n * saved_bytes(t.piece, self.names, self.offload)
@@ -157,14 +170,19 @@ class WorkBuilder:
         for c in t.comms:
             if c.kind != "all_to_all":
                 continue
-            for one, calls in ((forward, n * c.forward), (inputs, n * c.backward)):
+            ways = (forward, n * c.forward, c.to_experts[0]), (inputs, n * c.backward, c.to_experts[1])
+            for one, calls, out in ways:
                 if calls:
                     bytes_ = float(calls * c.bytes)
-                    one.add(Transfer("all-to-all", c.kind, c.size, c.stride, bytes_, calls, c.between, beside))
+                    hot = bool(c.hot_s)
+                    name = "all-to-all"
+                    one.add(
+                        Transfer(name, c.kind, c.size, c.stride, bytes_, calls, c.between, beside, bytes_ * out, hot)
+                    )
 
     def _gathers(self, forward: PassWork, inputs: PassWork, t: PieceTime, n: int) -> None:
         """FSDP: a layer's weights are gathered for each pass of each microbatch, the head's only for the forward."""
-        if self.job.plan.shard != "parameters" or t.piece.name == "embedding":
+        if self.job.plan.shard != "parameters" or not t.piece.is_gathered:
             return
         beside = self.job.software.overlap.parameters
         for axis, size, parameters in (
@@ -172,7 +190,9 @@ class WorkBuilder:
             ("expert_data", self.shards.expert, t.piece.expert_parameters),
         ):
             if size > 1 and parameters:
-                bytes_ = float(n * parameters * self.habits.gather_bytes)
+                # As in the closed form: our trainer gathers the output table once for all microbatches.
+                once = self.habits.own and not t.piece.is_layer
+                bytes_ = float(n * parameters * self.habits.gather_bytes) / (self.degrees.microbatches if once else 1)
                 new = Transfer(
                     "parameters", "all_gather", size, self.degrees.strides[axis], bytes_, n, overlapped=beside
                 )

@@ -9,21 +9,10 @@ from typing import Any
 
 from hw_profiles.errors import QuestionError
 from hw_profiles.validation import validate
-from hw_profiles.yaml_reader import find_not_finite, parse_yaml, read_text, read_yaml
+from hw_profiles.yaml_reader import find_not_finite, inside, parse_yaml, read_text, read_yaml
 from simulator.job.job import Job
 from simulator.job.model import Model
 from simulator.job.presets import load_preset
-
-
-def _inside(folder: Path, name: str) -> Path:
-    """`name` under `folder`; QuestionError where it leaves it, or is no path at all."""
-    try:
-        if (folder / name).resolve().is_relative_to(folder.resolve()):
-            return folder / name
-        rule = "a model file must lie in the job's folder"
-    except (OSError, RuntimeError, ValueError):
-        rule = "not a path: it has a loop, a NUL character or a name too long"
-    raise QuestionError(f"model = {name!r:.60}: {rule}")
 
 
 def _read_model_file(path: Path) -> Model:
@@ -52,7 +41,8 @@ def _model_mapping(value: Any, folder: Path) -> Any:
     """The model section as a mapping, whatever form the job gives it in."""
     if isinstance(value, str):
         if value.endswith((".json", ".yaml", ".yml")):
-            return _read_model_file(_inside(folder, value))
+            start = f"model = {value!r:.60}"
+            return _read_model_file(inside(value, folder, start, "a model file must lie in the job's folder"))
         return load_preset(value)
     if isinstance(value, dict) and "preset" in value:
         base = load_preset(str(value["preset"])).model_dump(exclude_unset=True)

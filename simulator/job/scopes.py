@@ -23,7 +23,7 @@ SUBLAYERS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 
 ENDS = (
-    "embedding.lookup", "embedding.tensor_reduce", "logits.norm", "logits.product", "logits.loss",
+    "embedding.lookup", "embedding.exchange", "embedding.tensor_reduce", "logits.norm", "logits.product", "logits.loss",
     "logits.tensor_reduce", "mtp.projection",
 )  # fmt: skip
 

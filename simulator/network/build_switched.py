@@ -142,8 +142,7 @@ class _Tree:
         assert chip.scale_out is not None
         self.fabric, self.level, self.devices = fabric, level, cluster.devices
         self.nic = chip.scale_out.nic_gb_per_s.value * 1e9 / chip.devices_per_chip
-        # The closed form thins the card itself; here it is what is above the leaf that is thinner.
-        self.thin = self.nic / level.bytes_per_s
+        self.thin = level.oversubscription
         self.rails = gcd(domain, chip.chips_per_host * chip.devices_per_chip)
         device = np.arange(self.devices)
         unit = device // (domain * fabric.unit_domains)

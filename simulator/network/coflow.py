@@ -33,8 +33,9 @@ class Coflow:
     """One collective (or all groups of an axis doing the same one at the same time).
 
     Its parts run side by side and it is done when the last is, or one after the other when `chained` (two-level
-    all-to-all). `latency_s` passes before the first byte moves. Identity, not content, tells coflows apart: templates
-    are shared, and rates are cached by the set of active templates.
+    all-to-all). `phases` says how many parts each of several phases has that follow each other (there and back), the
+    parts of one side by side. `latency_s` passes before the first byte moves. Identity, not content, tells coflows
+    apart: templates are shared, and rates are cached by the set of active templates.
     """
 
     name: str
@@ -44,3 +45,8 @@ class Coflow:
     chained: bool = False
     members: int = 0
     meta: dict[str, float] = field(default_factory=dict)
+    phases: tuple[int, ...] = ()
+
+    def phase_sizes(self) -> tuple[int, ...]:
+        """How many parts each phase has."""
+        return self.phases or ((1,) * len(self.parts) if self.chained else (len(self.parts),))

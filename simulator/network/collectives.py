@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 
 from hw_profiles.cluster import Cluster, Level, Torus
 from simulator.network.groups import Extent, TorusGroup, level_members, torus_group
+from simulator.network.oversubscription import thinning
 from simulator.numbers import Number, minimum, where
 
 PASSES = {"all_reduce": 2.0, "all_gather": 1.0, "reduce_scatter": 1.0}
@@ -114,6 +115,9 @@ def _switched(cluster: Cluster, kind: str, size: int, stride: int, between: floa
             lines = _exchange(level, size, (m - inner) / base * (between if i else 1.0), alone=m == size and inner == 1)
         else:
             lines = _ring(level, kind, size, inner, m)
+        if i or len(cluster.levels) == 1:
+            thin = thinning(cluster, level, kind, size, stride, inner)
+            lines = [(start, per_byte * thin) for start, per_byte in lines]
         if lines[-1][1] > best[0]:
             best = (lines[-1][1], level.name)
         if m == size:

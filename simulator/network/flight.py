@@ -28,7 +28,18 @@ class Flight:
     `order` counts starts; bytes move from `ready` on, after the latency; `part_ended` has the end of each part.
     """
 
-    __slots__ = ("coflow", "ended", "order", "part_ended", "parts_left", "ready", "started")
+    __slots__ = (
+        "coflow",
+        "ended",
+        "order",
+        "part_ended",
+        "parts_left",
+        "phase",
+        "phase_left",
+        "ready",
+        "sizes",
+        "started",
+    )
 
     def __init__(self, coflow: Coflow, order: int, started: int) -> None:
         self.coflow = coflow
@@ -38,6 +49,9 @@ class Flight:
         self.ended: int | None = None
         self.part_ended: list[int | None] = [None] * len(coflow.parts)
         self.parts_left = len(coflow.parts)
+        self.sizes = coflow.phase_sizes()
+        # The phase under way, and how many of its parts are.
+        self.phase, self.phase_left = -1, 0
 
     def __repr__(self) -> str:
         return f"<Flight {self.order} {self.coflow.name}: {self.started} to {self.ended}>"

@@ -156,6 +156,14 @@ class Fluid:
             ended += self.advance(tick)
         return ended
 
+    def contends(self, coflow: Coflow) -> bool:
+        """Whether `coflow`, started now, would share a link with bytes in flight; QuestionError as for `start`."""
+        self._learn(coflow)
+        mask = 0
+        for part in coflow.parts:
+            mask |= self._templates[part].mask
+        return bool(mask & self._mask) or any(mask & item.template.mask for item in self._loose)
+
     def link_bytes(self) -> NDArray[np.float64]:
         """Bytes that have crossed each link (L) up to now; over bandwidth x time, the link's utilisation."""
         out = self._forgotten.copy()
@@ -217,11 +225,15 @@ class Fluid:
         if not flight.coflow.parts:
             flight.ended = self.now
             ended.append(flight)
-        elif flight.coflow.chained:
-            self._enter(flight, 0, ended)
         else:
-            for part in range(len(flight.coflow.parts)):
-                self._enter(flight, part, ended)
+            self._next_phase(flight, ended)
+
+    def _next_phase(self, flight: Flight, ended: list[Flight]) -> None:
+        flight.phase += 1
+        size = flight.phase_left = flight.sizes[flight.phase]
+        first = len(flight.coflow.parts) - flight.parts_left
+        for part in range(first, first + size):
+            self._enter(flight, part, ended)
 
     def _enter(self, flight: Flight, part: int, ended: list[Flight]) -> None:
         template = self._templates[flight.coflow.parts[part]]
@@ -233,11 +245,12 @@ class Fluid:
     def _leave(self, flight: Flight, part: int, ended: list[Flight]) -> None:
         flight.part_ended[part] = self.now
         flight.parts_left -= 1
+        flight.phase_left -= 1
         if not flight.parts_left:
             flight.ended = self.now
             ended.append(flight)
-        elif flight.coflow.chained:
-            self._enter(flight, part + 1, ended)
+        elif not flight.phase_left:
+            self._next_phase(flight, ended)
 
     def _end(self, component: _Component, ended: list[Flight]) -> None:
         for item, tick in zip(self._dissolve(component), component.ends, strict=True):

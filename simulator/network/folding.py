@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from simulator.network.coflow import Coflow
+from simulator.network.coflow import Coflow, Part
 
 Array = NDArray[np.float64]
 Index = NDArray[np.int64]
@@ -21,10 +21,11 @@ Index = NDArray[np.int64]
 DIGITS = 10
 
 
-def fold(coflows: Sequence[Coflow], bandwidth: Array) -> tuple[list[Coflow], Array, Index]:
+def fold(coflows: Sequence[Coflow], bandwidth: Array) -> tuple[list[Coflow], Array, Index, Index]:
     """The same coflows over one link of every class of equal links; legend: L links, K classes.
 
-    Returns the coflows, the bandwidths (K; bytes/s) and the link that stands for each class (K). Two links are equal
+    Returns the coflows, the bandwidths (K; bytes/s), the link that stands for each class (K) and the class of each link
+    (L; -1 where nobody uses it). Two links are equal
     where they have the same bandwidth, and every part of every coflow the same bytes on both. Links that nobody uses
     are dropped. The results are new objects: fold once, and use them instead of the originals.
     """
@@ -50,9 +51,11 @@ def fold(coflows: Sequence[Coflow], bandwidth: Array) -> tuple[list[Coflow], Arr
     place[kept] = np.arange(kept.size)
     folded = []
     for coflow in coflows:
-        fewer = []
-        for p in coflow.parts:
-            stays = place[p.links] >= 0
-            fewer.append(replace(p, links=place[p.links][stays], bytes=p.bytes[stays], flows=p.flows[stays]))
-        folded.append(replace(coflow, parts=tuple(fewer)))
-    return folded, bandwidth[kept], kept
+        folded.append(replace(coflow, parts=tuple(onto(p, place) for p in coflow.parts)))
+    return folded, bandwidth[kept], kept, np.where(used, place[kept_of[number]], -1)
+
+
+def onto(part: Part, place: Index) -> Part:
+    """`part` over the kept links alone; `place` (L) is the number of each link among them, -1 where it is not."""
+    stays = place[part.links] >= 0
+    return replace(part, links=place[part.links][stays], bytes=part.bytes[stays], flows=part.flows[stays])

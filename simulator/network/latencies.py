@@ -30,6 +30,7 @@ class Starts:
                 ring_efficiency=x.ring_efficiency,
                 all_to_all_efficiency=x.all_to_all_efficiency,
                 in_switch_efficiency=x.in_switch_efficiency,
+                oversubscription=x.oversubscription,
             )
             for x in cluster.levels
         )

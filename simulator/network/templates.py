@@ -21,6 +21,7 @@ from simulator.network.coflow import Coflow, Part
 from simulator.network.collectives import NVLS_FROM, PASSES
 from simulator.network.latencies import Starts
 from simulator.network.ring_patterns import tree_flows
+from simulator.network.splits import quarter, size_class
 from simulator.network.template_parts import IN_SWITCH_WHERE_POSSIBLE, PartMaker
 from simulator.network.topology import Topology, topology_of
 
@@ -128,6 +129,38 @@ class Templates:
         if unit is None:
             unit = self._unit[ask] = self._build(ask)
         return unit
+
+    def uneven(
+        self,
+        size: int,
+        stride: int,
+        groups: tuple[int, ...],
+        loads: Array,
+        to_experts: bool,
+        transport: Transport = "collective",
+        between: float = 1.0,
+        fine: bool = False,
+    ) -> tuple[Part, ...]:
+        """Parts of an all-to-all of one byte a rank in these groups when member j has `loads[j]` times the mean load.
+
+        To the experts every member sends alike and j receives its load, on the way back j sends it. `fine` cuts it as
+        `splits` says, for contention; else one part for each level.
+        """
+        members = self.members(size, stride)[list(groups)]
+        even = np.full(size, 1.0 / size)
+        cuts: list[tuple[NDArray[np.bool_], NDArray[np.bool_]]] = [(loads > 0, np.ones(size, dtype=np.bool_))]
+        if fine:
+            classes = np.full(size, 1)
+            classes[loads > 0] = size_class(loads[loads > 0])
+            places = quarter(np.arange(size))
+            mine = [classes == c for c in np.unique(classes[loads > 0])]
+            cuts = [(a, places == q) for a in mine for q in np.unique(places)]
+        out: list[Part] = []
+        for skewed, others in cuts:
+            busy, plain = self._spread(members, loads * skewed, "loads"), self._spread(members, even * others, "shares")
+            ends = (plain, busy) if to_experts else (busy, plain)
+            out += self._make.product(members, *ends, transport, between)
+        return tuple(out)
 
     def start(self, kind: str, size: int, stride: int, between: float, bytes_: float) -> tuple[float, float]:
         """Latency (s) of one call with `bytes_`, and the factor on its bytes that the library's protocol costs."""
@@ -248,11 +281,16 @@ def solo_seconds(coflow: Coflow, topology: Topology) -> float:
 
     Parts that run side by side share links (a network card serves flows to its leaf and beyond): their bytes add up.
     """
-    bandwidth = topology.bandwidth_bytes_per_s
-    if coflow.chained:
-        times = [float((p.bytes / bandwidth[p.links]).max()) for p in coflow.parts]
-        return coflow.latency_s + sum(times)
-    together = np.zeros(topology.links)
-    for p in coflow.parts:
-        together[p.links] += p.bytes
-    return coflow.latency_s + float((together / bandwidth).max(initial=0.0))
+    return solo_seconds_over(coflow, topology.bandwidth_bytes_per_s)
+
+
+def solo_seconds_over(coflow: Coflow, bandwidth: Array) -> float:
+    """The same over links of `bandwidth` (L; bytes/s)."""
+    seconds, first = coflow.latency_s, 0
+    for size in coflow.phase_sizes():
+        together = np.zeros(bandwidth.size)
+        for p in coflow.parts[first : first + size]:
+            together[p.links] += p.bytes
+        seconds += float((together / bandwidth).max(initial=0.0))
+        first += size
+    return seconds

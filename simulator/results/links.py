@@ -1,4 +1,4 @@
-"""How much a link carried."""
+"""How much links carried, and where they are on a drawing of the network."""
 
 from __future__ import annotations
 
@@ -14,3 +14,33 @@ class LinkUse:
     bytes: float
     bytes_per_s: float
     utilisation: float
+
+
+@dataclass(frozen=True, slots=True)
+class DrawnNode:
+    """A device, chip or switch on the drawing."""
+
+    name: str
+    kind: str
+    x: float
+    y: float
+
+
+@dataclass(frozen=True, slots=True)
+class DrawnLink:
+    """Both directions between two neighbours as one line through the points (x, y); the busier direction counts."""
+
+    name: str
+    level: str
+    utilisation: float
+    x: tuple[float, ...]
+    y: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Drawing:
+    """The network, or the part of it round its busiest link; `note` says which."""
+
+    nodes: tuple[DrawnNode, ...]
+    links: tuple[DrawnLink, ...]
+    note: str

@@ -10,15 +10,15 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from simulator.results.links import LinkUse
+from simulator.results.links import Drawing, LinkUse
 
 VERSION = "1"
 
 # Streams of a device, and what an interval is (`kinds` index these).
-STREAMS = ("compute", "network")
+STREAMS = ("compute", "network", "host")
 KINDS = (
     "forward", "backward", "input gradient", "weight gradient", "forward and backward", "all-to-all", "tensor",
-    "parameters", "gradients", "optimizer", "host", "imbalance",
+    "parameters", "gradients", "optimizer", "host", "imbalance", "launch",
 )  # fmt: skip
 
 
@@ -28,7 +28,7 @@ class Timeline:
 
     `classes` names each device class ("stage 3", or "stage 3, group 1" when unfolded); `replicas` says how many devices
     it stands for. `memory` has, per class, the times (s) and bytes of its memory curve. `links` are the busiest links:
-    name, level, bytes carried, share of the step it was busy.
+    name, level, bytes carried, share of the step it was busy; `network` is the drawing of all or the busiest part.
     """
 
     classes: tuple[str, ...]
@@ -45,6 +45,7 @@ class Timeline:
     memory: tuple[tuple[NDArray[np.float64], NDArray[np.float64]], ...] = ()
     links: tuple[LinkUse, ...] = ()
     notes: tuple[str, ...] = field(default=())
+    network: Drawing | None = None
 
     def __len__(self) -> int:
         return len(self.start_s)

@@ -36,15 +36,25 @@ def executed_keys(a: Attention, keys: int, causal: bool, habits: Habits) -> floa
 
     Of n x n blocks (n+1)/2n run (splash attention's executed share, and FlashAttention's); a window adds one block.
     """
-    if habits.attention == "dense" or not causal:
+    if is_dense(habits, keys) or not causal:
         return float(keys)
     block = min(habits.attention_block, keys)
     whole = keys / 2 + block / 2
+    if habits.attention == "blocks":
+        # A block of queries meets the keys from its first query's reach to its own end.
+        reach = min([n for n in (a.window, a.chunk) if n] or [keys])
+        rows = [(first, min(keys, first + block)) for first in range(0, keys, block)]
+        return sum((end - max(0, first - reach + 1)) * (end - first) for first, end in rows) / keys
     if a.chunk and a.chunk < keys:
         return min(whole, a.chunk / 2 + block / 2)
     if a.window and a.window < keys:
         return min(whole, a.window + block)
     return whole
+
+
+def is_dense(habits: Habits, queries: float) -> bool:
+    """Whether all scores of a sequence are there at once."""
+    return habits.attention == "dense" or (habits.attention == "blocks" and queries <= habits.attention_block)
 
 
 def core_attention(
@@ -70,10 +80,13 @@ def core_attention(
     io = (tokens * heads * (d_qk + d_v) + sequences * keys * kv * (d_qk + d_v)) * width
     saved = tokens * heads * d_v * habits.saved_result_bytes + 4 * tokens * heads
     extra = 0.0
-    if habits.attention == "dense":
+    backward = habits.attention_backward
+    scores = tokens * heads * executed_keys(a, keys, causal, habits) * width
+    if is_dense(habits, queries):
         # S x S logits and probabilities: written and read once each way; the probabilities stay for the backward pass.
-        scores = tokens * heads * keys * width
-        extra, saved = 4 * scores, saved + scores
+        extra, saved, backward = 4 * scores, saved + scores, 2.0
+    elif habits.attention == "blocks":
+        extra = 4 * scores
     return Op(
         scope,
         "core_attention",
@@ -86,7 +99,7 @@ def core_attention(
         depth=d_qk,
         groups=sequences * heads,
         dtype=habits.attention_dtype,
-        backward=habits.attention_backward,
+        backward=backward,
         backward_bytes=3 * io + 2 * extra,
         saved_bytes=saved,
     )

@@ -134,13 +134,14 @@ def moe_work(
     tensor: Number,
     expert_tensor: Number,
     router_copies: Number,
+    split_tokens: Number = 1,
 ) -> None:
     """Append a mixture-of-experts sublayer.
 
     `routed_tokens` are the tokens this device routes and dispatches (its share where tensor ranks split them);
     `assignments_here` the assignments that reach the experts of this device without padding or drops, over all its
-    expert-tensor peers; `experts_here` its experts; `router_copies` the tensor ranks that
-    score the same tokens. Dropped tokens count as model FLOPs: the job asked for them.
+    expert-tensor peers; `experts_here` its experts; `router_copies` the tensor ranks that score the same tokens,
+    `split_tokens` those that split them. Dropped tokens count as model FLOPs: the job asked for them.
     """
     width, d = habits.activation_bytes, hidden
     k, e = moe.top_k, moe.experts
@@ -177,7 +178,8 @@ def moe_work(
             "dtype": habits.attention_dtype,
         }
         moves: dict[str, Op] = {}
-        for name, backward in (("dispatch", 1.0), ("combine", 2.0)):
+        # Gates in the mask give it a gradient: a second product in the backward pass of combine.
+        for name, backward in (("dispatch", 1.0), ("combine", 2.0 if habits.gate_after_down else 1.0)):
             op = product(
                 f"{prefix}.{name}", "dispatch", slots_all if name == "dispatch" else slots.group,
                 slots.group if name == "dispatch" else slots_all, d, groups=routed_tokens / slots.group, **kw,
@@ -207,27 +209,41 @@ def moe_work(
     transport = job.training.dispatch.transport
     hot = slots is None
     payload = sent * row_bytes
+    there = payload + (sent * width if habits.own else 0.0)
     # FP8 recipes dispatch in 8 bits and combine in 16 (DeepSeek-V3, arXiv:2412.19437 section 3.2.2).
     dispatch_payload = (
-        payload / 2 if job.training.precision == "fp8-blockwise" and transport in ("deepep", "hybridep") else payload
+        payload / 2 if job.training.precision == "fp8-blockwise" and transport in ("deepep", "hybridep") else there
     )
     work.comms.append(
         Comm(f"{prefix}.dispatch_all_to_all", "all_to_all", "expert", dispatch_payload, 1, 0, 1, hot, transport)
     )
     work.comms.append(
-        Comm(f"{prefix}.dispatch_all_to_all_backward", "all_to_all", "expert", payload, 0, 1, 0, hot, transport)
-    )
-    work.comms.append(Comm(f"{prefix}.expert_tensor_gather", "tensor", "expert_tensor", rows * row_bytes, 1, 1, 1, hot))
+        Comm(
+            f"{prefix}.dispatch_all_to_all_backward", "all_to_all", "expert", there, 0, 1, 0, hot, transport,
+            (False, False),
+        )
+    )  # fmt: skip
+    if habits.own:
+        whole = routed_tokens * row_bytes
+        work.comms.append(Comm(f"{prefix}.expert_tensor_gather", "sum", "expert_tensor", whole, 1, 1))
+        if split_tokens > 1 and not job.plan.sequence_parallel:
+            work.comms.append(Comm(f"{prefix}.combine", "all_gather", "tensor", tokens * row_bytes, 1, 1))
+    else:
+        gathered = rows * row_bytes
+        work.comms.append(Comm(f"{prefix}.expert_tensor_gather", "tensor", "expert_tensor", gathered, 1, 1, 1, hot))
     experts = ffn_ops(
         f"{prefix}.experts", moe.expert, habits, rows=rows / experts_here, hidden=d, split=expert_tensor,
         groups=experts_here,
         model_rows=assignments_here / experts_here, names=("experts", "expert_activation"), hot=hot,
+        dead=habits.own,
     )  # fmt: skip
     if habits.gate_after_down:
         # The gate multiplies the experts' results, whose gradient needs them.
         experts[-1].saved_bytes = rows * row_bytes
     ops.extend(experts)
-    work.comms.append(Comm(f"{prefix}.combine_all_to_all", "all_to_all", "expert", payload, 1, 1, 0, hot, transport))
+    work.comms.append(
+        Comm(f"{prefix}.combine_all_to_all", "all_to_all", "expert", payload, 1, 1, 0, hot, transport, (False, True))
+    )
     ops.append(combine)
     if moe.shared_hidden:
         shared = moe.expert.model_copy(update={"hidden": moe.shared_hidden})

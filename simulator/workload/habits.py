@@ -29,10 +29,14 @@ MATMUL_DTYPE = {
 class Habits:
     """Number formats in bytes per element, and the choices that change FLOPs.
 
-    `attention`: dense keeps S x S scores in memory; flash and splash work in blocks of `attention_block` tokens.
+    `attention`: dense keeps S x S scores in memory; flash and splash work in blocks of `attention_block` tokens, and so
+    do blocks, whose scores pass through memory one block at a time; sequences of one block are dense.
     `attention_backward` is its FLOPs over the forward's. `quantises`: 8-bit recipes,
     whose inputs and gradients are cast by kernels of their own. `recompute_dead`: whether recomputation repeats results
-    that the backward pass does not need (torch checkpoints do, XLA removes them).
+    that the backward pass does not need (torch checkpoints do, XLA removes them). `gate_after_down`: gates multiply the
+    experts' results, not their last product's input. `own`: our trainer's program (trainer/), in which gates travel
+    with their tokens, FSDP exchanges what was looked up and not the input table, ranks that slice an expert add up at
+    home, and tensor ranks that split tokens gather them again.
     """
 
     xla: bool
@@ -41,6 +45,7 @@ class Habits:
     attention_backward: float
     recompute_dead: bool
     gate_after_down: bool
+    own: bool
     matmul_dtype: str
     attention_dtype: str
     activation_bytes: int
@@ -50,6 +55,7 @@ class Habits:
     weight_gradient_traffic: float
     quantises: bool
     gather_bytes: int
+    new_weight_bytes: float
     parameter_bytes: float
     master_bytes: float
     gradient_bytes: float
@@ -71,7 +77,11 @@ def habits_of(job: Job, chip_kind: str, *, accumulates: bool = False) -> Habits:
     """
     stack, precision = job.software.stack, job.training.precision
     xla = stack in XLA_STACKS or (stack == "generic" and chip_kind != "gpu")
-    if stack in ("t5x", "mesh-tensorflow") or job.model.family == "lstm":
+    own = stack == "moecast"
+    if own and job.model.family != "lstm":
+        # Scores of 512 queries at a time, made again in the backward pass; shorter sequences whole (core_attention).
+        attention, block, backward = "blocks", 512, 2.5
+    elif stack in ("t5x", "mesh-tensorflow") or job.model.family == "lstm":
         attention, block, backward = "dense", 1, 2.0
     elif chip_kind == "tpu":
         attention, block, backward = "splash", 512, 3.5
@@ -93,14 +103,19 @@ def habits_of(job: Job, chip_kind: str, *, accumulates: bool = False) -> Habits:
         parameter, master = width(given.parameters, 2), width(given.master, 4)
     first = 0 if optimizer in ("adafactor", "sgd") else width(given.first_moment, 4)
     second = 0 if optimizer == "sgd" else width(given.second_moment, 4)
-    reduction = 2 if stack == "maxtext" or (xla and precision != "fp32") else 4
+    if own:
+        # FSDP's reduce-scatter is the gradient of a gather in the compute format; everything else is summed in fp32.
+        reduction = activation if job.plan.shard == "parameters" else 4
+    else:
+        reduction = 2 if stack == "maxtext" or (xla and precision != "fp32") else 4
     return Habits(
         xla=xla,
         attention=attention,
         attention_block=block,
         attention_backward=backward,
         recompute_dead=not xla,
-        gate_after_down=stack != "megatron",
+        gate_after_down=stack not in ("megatron", "moecast"),
+        own=own,
         matmul_dtype=MATMUL_DTYPE[precision],
         attention_dtype="fp32" if precision == "fp32" else "bf16",
         activation_bytes=activation,
@@ -111,6 +126,7 @@ def habits_of(job: Job, chip_kind: str, *, accumulates: bool = False) -> Habits:
         weight_gradient_traffic=8 if accumulates else 4,
         quantises=eight_bit,
         gather_bytes=activation,
+        new_weight_bytes=parameter if own else activation,
         parameter_bytes=parameter,
         master_bytes=master,
         gradient_bytes=width(given.gradients, 4),

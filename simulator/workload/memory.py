@@ -65,7 +65,9 @@ def optimizer_bytes(habits: Habits, dense: Number, expert: Number, hidden: int, 
 
     Adafactor (arXiv:1804.04235) keeps row and column sums instead of the second moment: about 2/D of it.
     """
-    second = habits.second_moment_bytes * (2 / hidden if habits.factored_second_moment else 1)
+    # T5X and optax factor matrices with at least 128 on both sides.
+    factored = habits.factored_second_moment and hidden >= 128
+    second = habits.second_moment_bytes * (2 / hidden if factored else 1)
     each = habits.master_bytes + habits.first_moment_bytes + second
     return each * (dense / shards.dense + expert / shards.expert)
 
@@ -91,8 +93,9 @@ def _layer_workspace(piece: Piece, names: set[str] | None, habits: Habits, buffe
             remade = remade + size
         elif op.hot:
             remade = remade + size - op.saved_bytes
-        if op.kind == "matmul" and op.remat != "router":
+        if op.kind == "matmul" and op.remat != "router" and not habits.own:
             # The gradient of the activation between the two products of a network has the size of the second's input.
+            # In our trainer's programs XLA writes it over that input (seen on v5p, docs/compile.md).
             widest = maximum(
                 widest, op.rows * op.groups * op.depth * habits.activation_bytes * (buffers if op.hot else 1.0)
             )
@@ -152,6 +155,9 @@ def stage_memory(
     activations = kept * flight / (2 if dual else 1) + ends
     gathered = _gathered_bytes(job, habits, pieces, shards, degrees)
     gradients = state(habits.gradient_bytes, zero in ("gradients", "parameters"))
+    if habits.own and degrees.microbatches > 1 and degrees.pipeline == 1:
+        # The sum over microbatches, and the gradients of the one that is being added.
+        gradients = gradients + state(habits.gradient_bytes, zero == "parameters")
     layer_space: Number = 0.0
     for p, _ in layers:
         moe = job.model.moes[0] if job.model.moes else None

@@ -44,7 +44,8 @@ class Comm:
     """One collective of a layer: `bytes` as nccl-tests counts, per call and rank; calls per pass of one microbatch.
 
     `axis` names the group (tensor, context, expert, ...). `recompute` are the calls that a recomputed forward repeats.
-    `transport` names the library that carries an all-to-all; some send a token once per node.
+    `transport` names the library that carries an all-to-all; some send a token once per node. `to_experts` says for the
+    forward and the backward calls of an all-to-all whether it goes to the experts (busy ranks receive) or comes back.
     """
 
     scope: str
@@ -56,6 +57,7 @@ class Comm:
     recompute: float = 0.0
     hot: bool = False
     transport: str = "collective"
+    to_experts: tuple[bool, bool] = (True, True)
 
 
 @dataclass(slots=True)

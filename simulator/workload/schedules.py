@@ -14,17 +14,40 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-from simulator.numbers import Number, maximum
+from simulator.numbers import Number, maximum, minimum
 from simulator.workload.orders import BACKWARD, FORWARD, INPUT, ORDERS, WEIGHT, Action, model_stage
 
 
 @dataclass(frozen=True, slots=True)
+class Beside:
+    """Seconds of communication beside a stage's forward and backward, and the compute of its passes that hides it.
+
+    `compute` is of the forward, the input and the weight gradient; `slow` is what compute loses while both run (0.1: a
+    tenth). What an action exposes depends on its passes together: DualPipe hides a forward's behind a backward too.
+    """
+
+    forward: Number
+    backward: Number
+    compute: tuple[Number, Number, Number]
+    slow: float
+
+
+def hidden(communication: Number, compute: Number, slow: float) -> Number:
+    """Exposed seconds of communication beside compute, with what the compute loses while both run."""
+    return maximum(communication, compute + slow * minimum(communication, compute)) - compute
+
+
+@dataclass(frozen=True, slots=True)
 class StageTimes:
-    """Seconds of one microbatch on one stage (all its virtual stages): forward, input gradient, weight gradient."""
+    """Seconds of one microbatch on one stage (all its virtual stages): forward, input gradient, weight gradient.
+
+    `beside` is what they do not hold yet, where it depends on the passes that run together (DualPipe).
+    """
 
     forward: Number
     backward_input: Number
     backward_weight: Number
+    beside: Beside | None = None
 
     @property
     def total(self) -> Number:
@@ -128,7 +151,9 @@ def pipeline_time(schedule: str, times: list[StageTimes], microbatches: int, vir
         return sum(forwards) + more * _max(forwards) + rest
     walked = min(microbatches, 2 * stages)
     if schedule == "dualpipe":
-        busiest = _max([(times[i].total + times[stages - 1 - i].total) / 2 for i in range(stages // 2)])
+        # Every device runs the forward of either copy together with a backward of the other.
+        twins = [(times[i], times[stages - 1 - i]) for i in range(stages // 2)]
+        busiest = _max([(_together(a, b) + _together(b, a)) / 2 for a, b in twins])
     else:
         busiest = _max([sum(times[v * stages + p].total for v in range(virtual)) for p in range(stages)])
     path = _walk(_program(schedule, stages, walked, virtual), times, hop)
@@ -146,9 +171,37 @@ def _walk(program: _Program, times: list[StageTimes], hop: Number) -> Number:
             begin = maximum(begin, ends[need] + hop)
         for kind, stage in passes:
             begin = begin + lengths[stage][kind]
+        if times[passes[0][1]].beside is not None:
+            begin = begin + _shown([(kind, times[stage]) for kind, stage in passes])
         clock[device] = begin
         ends.append(begin)
     return _max(clock)
+
+
+def _together(forward: StageTimes, backward: StageTimes) -> Number:
+    """Seconds of a forward of one stage beside the backward of another."""
+    both = forward.forward + backward.backward_input + backward.backward_weight
+    if forward.beside is None:
+        return both
+    return both + _shown([(_PASS[FORWARD], forward), (_PASS[BACKWARD], backward)])
+
+
+# Which computes of `Beside` a pass has: all of a backward's communication goes with its input gradient.
+_COMPUTES = ((0,), (1, 2), (1,), (2,))
+
+
+def _shown(passes: list[tuple[int, StageTimes]]) -> Number:
+    """Exposed seconds of the communication of passes that run together."""
+    communication: Number = 0.0
+    compute: Number = 0.0
+    slow = 0.0
+    for kind, times in passes:
+        beside = times.beside
+        assert beside is not None
+        communication = communication + (beside.forward, beside.backward, beside.backward, 0.0)[kind]
+        compute = compute + sum(beside.compute[i] for i in _COMPUTES[kind])
+        slow = beside.slow
+    return hidden(communication, compute, slow)
 
 
 def _max(values: list[Number]) -> Number:

@@ -24,7 +24,10 @@ from simulator.workload.routing import Slots
 
 @dataclass(slots=True)
 class Piece:
-    """One kind of work: its ops for a microbatch on a device, and the parameters that device holds before sharding."""
+    """One kind of work: its ops for a microbatch on a device, and the parameters that device holds before sharding.
+
+    `is_gathered`, `is_reduced`: whether FSDP gathers its weights whole, and sums its gradients over the shard ranks.
+    """
 
     name: str
     work: LayerWork
@@ -35,6 +38,8 @@ class Piece:
     slots: Slots | None = None
     routed_tokens: Number = 0.0
     largest_matrix: Number = 0.0
+    is_gathered: bool = True
+    is_reduced: bool = True
 
 
 @dataclass(slots=True)
@@ -128,6 +133,14 @@ class _Builder:
         if layer.moe is not None:
             self._moe(piece, prefix, layer, length, tokens, stream_tokens)
             widths.append(layer.moe.expert.hidden * layer.moe.experts / (d.expert * d.expert_tensor))
+        if habits.own:
+            # Ranks that split the sequence each have a part of the gradients of what all of them hold.
+            copied = p.norms + p.router if self.job.plan.sequence_parallel else p.router
+            split = self.job.plan.sequence_parallel or d.expert_tensor < d.tensor
+            a = layer.attention
+            if a is not None and a.mla is None and a.kv % d.tensor:
+                copied += 2 * h * a.kv * a.head_dim
+            work.comms.append(Comm(f"{prefix}.attention.norm", "all_reduce", "tensor", 4 * copied * split, 0, 1))
         piece.largest_matrix = h * max([*widths, h / d.tensor])
         return piece
 
@@ -146,17 +159,41 @@ class _Builder:
             stream_tokens=stream_tokens, routed_tokens=routed, assignments_here=arriving,
             experts_here=moe.experts / d.expert,
             hidden=self.model.hidden, tensor=d.tensor, expert_tensor=d.expert_tensor,
-            router_copies=d.tensor / token_split,
+            router_copies=d.tensor / token_split, split_tokens=token_split,
         )  # fmt: skip
+
+    def _tensor_end(self, work: LayerWork, scope: str, size: Number, forward: int, backward: int) -> None:
+        """A collective over the vocabulary's ranks at an end of the model, in one pass only.
+
+        The table's partial rows are summed in the forward pass, the gradient of the logits' input in the backward one
+        (Megatron-LM's VocabParallelEmbedding and ColumnParallelLinear); the other pass needs nothing, or under sequence
+        parallelism the gather that is the scatter's counterpart.
+        """
+        if self.job.plan.sequence_parallel:
+            work.comms.append(Comm(scope, "reduce_scatter", "tensor", size, forward, backward))
+            work.comms.append(Comm(scope, "all_gather", "tensor", size, backward, forward))
+        else:
+            work.comms.append(Comm(scope, "all_reduce", "tensor", size, forward, backward))
 
     def embedding(self, lengths: list[int]) -> Piece:
         """Lookup of the token embeddings (and learnt positions) of both stacks."""
         work, h, m = LayerWork(), self.model.hidden, self.model
         moved = sum(self.stream_tokens(x) for x in lengths) * h * self.habits.activation_bytes
         work.ops.append(stream("embedding.lookup", "layer_input", 2 * moved, 3 * moved))
-        work.comms.append(Comm("embedding.tensor_reduce", "tensor", "tensor", moved, 1, 1))
+        whole = sum(self.tokens(x) for x in lengths) * h * self.habits.activation_bytes
+        self._tensor_end(work, "embedding.tensor_reduce", whole, 1, 0)
+        if self.habits.own and self.job.plan.shard == "parameters":
+            # Every rank looks its columns up for all ranks' tokens (whose numbers have 4 bytes), and they exchange what
+            # they found.
+            numbers = 4 * moved / (h * self.habits.activation_bytes) * self.degrees.data * self.degrees.context
+            work.comms.append(Comm("embedding.exchange", "all_gather", "replica", numbers, 1, 0))
+            work.comms.append(Comm("embedding.exchange", "all_to_all", "replica", moved, 1, 1))
         rows = m.vocab * m.embedding_tables + (m.position_count or 0 if m.positions == "learned" else 0)
-        return Piece("embedding", work, rows * h / self.degrees.tensor, 0.0, is_layer=False)
+        piece = Piece("embedding", work, rows * h / self.degrees.tensor, 0.0, is_layer=False)
+        # A table split over D is looked up in place; the result is exchanged. Tied, ours is gathered for the logits.
+        piece.is_gathered = self.habits.own and m.tied_embeddings
+        piece.is_reduced = not self.habits.own or m.tied_embeddings or self.job.plan.shard != "parameters"
+        return piece
 
     def head(self, length: int, *, tied: bool) -> Piece:
         """Final norm, logits over the vocabulary (or the sampled classes), softmax cross-entropy."""
@@ -175,7 +212,10 @@ class _Builder:
             )
         )  # fmt: skip
         work.ops.append(stream("logits.loss", "logits", 3 * logits, 2 * logits))
-        work.comms.append(Comm("logits.tensor_reduce", "tensor", "tensor", tokens * h * habits.activation_bytes, 1, 1))
+        self._tensor_end(work, "logits.tensor_reduce", tokens * h * habits.activation_bytes, 0, 1)
+        if habits.own:
+            # Largest logit, sum of exponentials and the target's logit of every token, joined in fp32.
+            work.comms.append(Comm("logits.loss", "all_reduce", "tensor", 3 * 4 * tokens, 1, 0))
         table = 0.0 if tied else m.vocab * h / self.degrees.tensor
         return Piece("logits", work, table + norm_parameters(m), 0.0, is_layer=False)
 

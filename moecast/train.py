@@ -1,0 +1,269 @@
+"""`moecast train`: really runs a job in JAX, on this machine's devices or on several processes'.
+
+Everything heavy is imported once the question is known to be right, JAX last: how many devices a CPU shows is fixed
+when it starts.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+if TYPE_CHECKING:
+    from hw_profiles.cluster import Cluster
+    from simulator.job.job import Job
+    from trainer.processes import Address
+    from trainer.report import Result
+
+# Set in a worker: the process that started it and waits for it.
+WORKER = "MOECAST_WORKER_OF"
+PLATFORMS = {"cpu": ("cpu",), "tpu": ("tpu",), "gpu": ("gpu", "cuda", "rocm")}
+# In-process collectives end the process when a device is late; on shared cores it may be minutes late.
+LATE_S = 600
+
+
+def train(
+    job: Annotated[Path, typer.Argument(metavar="JOB.yaml", help="The job file.")],
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps in all (default: training.run.steps).")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest whole checkpoint in --out.")] = False,
+    devices: Annotated[
+        int | None, typer.Option(min=1, max=512, metavar="N", help="JAX devices (default: those of the job's cluster).")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where the run is written (default: runs/NAME beside the job).")
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="FIELD=VALUE", help="Change a field, such as plan.expert=4; repeatable."),
+    ] = None,
+    coordinator: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Where several processes meet; process 0 listens there.")
+    ] = None,
+    process: Annotated[int | None, typer.Option(min=0, metavar="I", help="Which of the processes this is.")] = None,
+    processes: Annotated[int | None, typer.Option(min=1, metavar="N", help="How many processes there are.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Train the job for real, sharded as its plan says, and record losses, routing and checkpoints."""
+    from hw_profiles.errors import QuestionError
+    from hw_profiles.loader import resolve_cluster
+    from moecast.cli import _naming
+    from simulator.job.load import load_job
+    from simulator.job.rules import resolve
+
+    with _naming(job):
+        asked = load_job(job, set_ or ())
+        cluster = resolve_cluster(asked.cluster)
+        if cluster.chip.kind == "cpu" and devices is not None and devices != cluster.devices:
+            asked = asked.model_copy(update={"cluster": {"chip": "cpu-host", "devices": devices}})
+            cluster = resolve_cluster(asked.cluster)
+        address = _address(coordinator, process, processes)
+        launched = _launched(cluster)
+        count = processes or launched
+        if cluster.chip.kind == "cpu":
+            resolve(asked, cluster)
+            if cluster.devices % count:
+                raise QuestionError(f"--processes {count}: must divide the {cluster.devices} devices")
+    if (address is not None or launched > 1) and WORKER not in os.environ:
+        raise typer.Exit(_supervise())
+    _prepare(cluster, cluster.devices // count)
+    target = out or job.parent / "runs" / asked.name
+    if WORKER not in os.environ:
+        result = _run(job, asked, cluster, target, devices, steps, resume)
+    else:
+        result = _as_worker(job, asked, cluster, target, devices, steps, resume, address, process or 0, count)
+    if result is not None:
+        _show(result, as_json)
+
+
+def _address(coordinator: str | None, process: int | None, processes: int | None) -> Address | None:
+    from hw_profiles.errors import QuestionError
+
+    if coordinator is None and process is None and processes is None:
+        return None
+    if coordinator is None or process is None or processes is None:
+        raise QuestionError("--coordinator, --process and --processes: go together")
+    if process >= processes:
+        raise QuestionError(f"--process {process}: must be from 0 to {processes - 1}")
+    from trainer.processes import parse_address
+
+    return parse_address(coordinator)
+
+
+def _launched(cluster: Cluster) -> int:
+    """How many of us a launcher has started: SLURM steps and Open MPI say so; a TPU pod has several hosts."""
+    told = [os.environ.get(name, "") for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")]
+    hosts = len(os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")) if cluster.chip.kind == "tpu" else 1
+    return max(hosts, *(int(n) for n in told if n.isdecimal()), 1)
+
+
+def _prepare(cluster: Cluster, local: int) -> None:
+    """Settings that JAX reads when it starts."""
+    if cluster.chip.kind != "cpu":
+        return
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    flags = [
+        f"--xla_force_host_platform_device_count={local}",
+        f"--xla_cpu_collective_call_warn_stuck_timeout_seconds={LATE_S // 5}",
+        f"--xla_cpu_collective_call_terminate_timeout_seconds={LATE_S}",
+        f"--xla_cpu_collective_timeout_seconds={LATE_S}",
+    ]
+    if cluster.devices > 1:
+        # Each device has a thread of its own; more threads in each would fight for the cores.
+        flags.append("--xla_cpu_multi_thread_eigen=false")
+    os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *flags]).strip()
+
+
+def _run(
+    path: Path, job: Job, cluster: Cluster, out: Path, devices: int | None, steps: int | None, resume: bool
+) -> Result | None:
+    """The run in this process; what process 0 shows of it."""
+    from hw_profiles.errors import Interrupted, QuestionError, WorkFailed
+    from moecast.cli import _complain, _naming
+    from moecast.progress import INTERRUPTED
+
+    try:
+        import jax
+
+        from trainer import run as trainer
+    except ImportError as error:
+        raise QuestionError(f"moecast train: needs {error.name}: pip install 'moecast[train]'") from None
+    try:
+        present = jax.devices()
+    except RuntimeError as error:
+        raise WorkFailed(f"JAX found no devices: {' '.join(str(error).split())}") from None
+    _check_present(path, cluster, present, devices)
+    from moecast.train_progress import TrainProgress
+
+    _quieten()
+    lead = jax.process_index() == 0
+    progress = TrainProgress(job.training.run.log_every) if lead else None
+    parent = int(os.environ[WORKER]) if WORKER in os.environ else None
+    try:
+        with _naming(path):
+            result = trainer.run(
+                job, path.parent, out, devices=present, steps=steps, resume=resume, progress=progress, parent=parent
+            )
+    except Interrupted as stopped:
+        if progress is not None:
+            progress.close()
+        _complain(str(stopped))
+        raise typer.Exit(INTERRUPTED) from None
+    finally:
+        if progress is not None:
+            progress.close()
+    return result if lead else None
+
+
+def _quieten() -> None:
+    """Keep TensorStore, after a failed write, from printing that nobody waits for its other writes any more."""
+    usual = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            usual(unraisable)
+
+    sys.unraisablehook = hook
+
+
+def _check_present(path: Path, cluster: Cluster, present: list[Any], devices: int | None) -> None:
+    """QuestionError where the job is for other devices than there are."""
+    from hw_profiles.errors import QuestionError
+
+    platform = str(present[0].platform)
+    if platform in PLATFORMS[cluster.chip.kind] and len(present) == cluster.devices:
+        return
+    here = f"{len(present)} {platform} device" + ("s" if len(present) > 1 else "")
+    fits = devices or (len(present) if platform != "cpu" else 8)
+    raise QuestionError(
+        f"{path}: cluster = {cluster.name}, {cluster.devices:,} devices, and here are {here}: "
+        f"moecast scale {path} --devices {fits} makes a small job of it that runs here"
+    )
+
+
+def _as_worker(
+    path: Path, job: Job, cluster: Cluster, out: Path, devices: int | None, steps: int | None, resume: bool,
+    address: Address | None, process: int, count: int,
+) -> Result | None:  # fmt: skip
+    """The run as one of several processes, which never waits at its end for one that has died."""
+    from hw_profiles.errors import QuestionError, WorkFailed
+    from moecast.cli import _complain
+    from moecast.progress import FAILED, INTERRUPTED
+    from trainer import processes
+
+    # gloo greets on standard output, which is for the result.
+    printed = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        if address is not None:
+            processes.join(address, process, count)
+        else:
+            processes.join_recognised()
+        result = _run(path, job, cluster, out, devices, steps, resume)
+        processes.leave()
+    except QuestionError as error:
+        _complain(str(error))
+        _end(2)
+    except (WorkFailed, OSError) as error:
+        _complain(f"process {process}: {error}")
+        _end(FAILED)
+    except typer.Exit as leaving:
+        _end(leaving.exit_code)
+    except KeyboardInterrupt:
+        _end(INTERRUPTED)
+    os.dup2(printed, 1)
+    return result
+
+
+def _end(code: int) -> NoReturn:
+    """End now: JAX's own way out waits for the other processes."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _supervise() -> int:
+    """Run this command in a worker and give its exit code.
+
+    When another process of the run dies, JAX may end this one's worker with a signal; only its parent can still say so.
+    """
+    from moecast.cli import _complain
+    from moecast.progress import FAILED
+
+    environment = os.environ | {WORKER: str(os.getpid())}
+    # In a session of its own, so that Ctrl-C reaches it once, from here.
+    worker = subprocess.Popen([sys.executable, "-m", "moecast", *sys.argv[1:]], env=environment, start_new_session=True)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda received, _: worker.send_signal(received))
+    code = worker.wait()
+    if code >= 0:
+        return code
+    ended = -code
+    if ended == signal.SIGABRT:
+        _complain("another process of the run has ended or is silent: this one was ended too; --resume goes on")
+    else:
+        _complain(f"the worker was ended by signal {ended} ({signal.strsignal(ended)}); --resume goes on")
+    return FAILED
+
+
+def _show(result: Result, as_json: bool) -> None:
+    from moecast.cli import _print_json
+
+    if as_json:
+        _print_json(result.to_dict())
+        return
+    from rich.console import Console
+
+    from moecast.train_progress import result_table
+
+    Console().print(result_table(result))
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to `app`."""
+    app.command(epilog="Example: moecast train examples/tiny-moe.yaml --steps 100")(train)
