@@ -41,8 +41,10 @@ def mixture(way: str, capacity: int) -> Callable[..., Any]:
             return dispatch.loop(x, gate, top, seats, lambda e, t: jax.nn.relu(t @ up[e]) @ down[e])
         send, collect = dispatch.WAYS[way]
         rows = dispatch.send(send(x, seats), (), 1)
-        rows = jnp.einsum("erf,efd->erd", jax.nn.relu(jnp.einsum("erd,edf->erf", rows, up)), down)
-        return collect(dispatch.send_back(rows, (), 1, G), gate, seats)
+        gate_eR = dispatch.send(dispatch.gates(gate, seats)[..., None], (), 1)
+        hidden = jax.nn.relu(jnp.einsum("erd,edf->erf", rows, up)) * gate_eR
+        rows = jnp.einsum("erf,efd->erd", hidden, down)
+        return collect(dispatch.send_back(rows, (), 1, G), seats)
 
     return layer
 
@@ -92,7 +94,8 @@ def test_experts_that_choose_add_up_where_they_meet() -> None:
     token = jnp.asarray([[[0, 1], [1, 2]]])
     gate = jnp.asarray([[[0.5, 0.25], [0.125, 1.0]]])
     x = jnp.arange(8.0).reshape(1, 4, 2)
-    y = dispatch.chosen_combine(dispatch.chosen_dispatch(x, token), gate, token, 4)
+    rows = dispatch.chosen_dispatch(x, token) * gate.swapaxes(0, 1)[..., None]
+    y = dispatch.chosen_combine(rows, token, 4)
     np.testing.assert_allclose(y[0], np.asarray(x[0]) * [[0.5], [0.375], [1.0], [0.0]])
 
 
