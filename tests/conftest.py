@@ -37,11 +37,11 @@ def shared() -> Path:
 
 @pytest.fixture(scope="session")
 def trainer_suite(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, Any]]:
-    """What `tests/trainer_runs.py SUITE` finds on eight devices; run once, whatever the number of test workers."""
+    """What `tests/trainer_suites.py SUITE` finds on eight devices; run once, whatever the number of test workers."""
     folder = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         folder = folder.parent
-    script = Path(__file__).with_name("trainer_runs.py")
+    script = Path(__file__).with_name("trainer_suites.py")
 
     @cache
     def run(name: str) -> dict[str, Any]:

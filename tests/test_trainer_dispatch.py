@@ -158,20 +158,23 @@ def test_routers_compute_in_float32_and_the_all_to_all_carries_bfloat16(programs
     # Forward, and both products of the backward pass; the kernel is [32, 8].
     assert found["router"] and {tuple(x) for x in found["router"]} == {("float32", "float32", "float32")}
     assert len(found["router"]) >= 3
-    assert found["all_to_all"] == ["bfloat16"] * 4
+    # Rows there and back, and gates there, forward and backward.
+    assert found["all_to_all"] == ["bfloat16"] * 6
     assert found["experts"] and {tuple(x)[:2] for x in found["experts"]} == {("bfloat16", "bfloat16")}
 
 
 @pytest.mark.parametrize("remat", ["none", "full", "dispatch"])
 def test_an_moe_layer_has_two_all_to_alls_forward_and_two_backward(programs: dict[str, Any], remat: str) -> None:
     found = programs["audit"][remat]
-    layers = found["layers"]
-    # A gate's gradient is the product of dy with the rows that came back: made again, both ways are travelled again.
-    again = {"none": 0, "full": 2, "dispatch": 0}[remat]
-    assert found["calls"] == {
-        "forward": 2 * layers, "backward": 2 * layers, **({"recompute": again * layers} if again else {})
-    }  # fmt: skip
-    assert set(found["bytes"]) == {found["E"] * found["G"] * found["C"] * found["D"] * found["width"]}
+    slots = found["E"] * found["G"] * found["C"] * found["width"]
+    # Made again, only the way there is travelled again: no gradient needs what came back, as gates are applied before.
+    again = {"full": {"recompute": 1}}.get(remat, {})
+    for size, travels in ((slots * found["D"], {"forward": 2, "backward": 2}), (slots, {"forward": 1, "backward": 1})):
+        calls = dict.fromkeys(travels | again, 0)
+        for phase, sent, count in found["sent"]:
+            calls[phase] += count * (sent == size)
+        assert calls == {phase: n * found["layers"] for phase, n in (travels | again).items()}
+    assert {sent for _, sent, _ in found["sent"]} == {slots * found["D"], slots}
 
 
 @pytest.mark.parametrize("remat", ["selective", "full", "save", "recompute"])

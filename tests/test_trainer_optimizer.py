@@ -92,10 +92,11 @@ def test_moments_are_never_factored_across_a_stack() -> None:
 
 
 def test_clipping_counts_every_expert_once(trainer_suite: Callable[[str], dict[str, Any]]) -> None:
-    for seen in trainer_suite("steps").values():
-        assert seen["gradient_norm"] == pytest.approx(seen["norm_by_hand"], rel=1e-5)
+    for name, seen in trainer_suite("steps").items():
+        # By hand from the gradients of one device; on one device and on eight the step finds the same.
+        assert seen["gradient_norm"] == pytest.approx([seen["norm_by_hand"]] * 2, rel=1e-5), name
         # The norm is far above the limit, so a shard counted twice would show in every parameter.
-        assert seen["gradient_norm"] > 10 * seen["clip"]
+        assert seen["norm_by_hand"] > 10 * seen["clip"]
 
 
 SMALL = merged(
