@@ -67,8 +67,8 @@ def test_all_ways_are_the_loop_over_experts_in_values_and_gradients(way: str, ca
 
 
 def test_tokens_without_a_seat_come_back_as_zero() -> None:
-    y = mixture("slots", 1)(X, KERNEL, UP, DOWN)
-    expected = mixture("loop", 1)(X, KERNEL, UP, DOWN)
+    y = jax.jit(mixture("slots", 1))(X, KERNEL, UP, DOWN)
+    expected = jax.jit(mixture("loop", 1))(X, KERNEL, UP, DOWN)
     empty = np.asarray((expected == 0).all(-1))
     assert 0 < empty.sum() < empty.size
     np.testing.assert_array_equal(np.asarray((y == 0).all(-1)), empty)
@@ -107,7 +107,7 @@ def run_layer(change: dict[str, Any]) -> Any:
     trainer = make_trainer(merged(merged(DECODER, LAYER), change))
     (layer,) = trainer.job.model.decoder_layers
     spec = trainer.abstract["decoder"]["segments"][0][0]["moe"]
-    params = jax.tree.map(lambda w: w[0] + 0.1, initial_values(spec, 0, jnp.float32))
+    params = jax.jit(lambda: jax.tree.map(lambda w: w[0] + 0.1, initial_values(spec, 0, jnp.float32)))()
     x = normal(4, 32, 32) if "x" not in _KEPT else _KEPT["x"]
     _KEPT["x"] = x
     s = trainer.setting()

@@ -16,6 +16,7 @@ from hw_profiles.loader import resolve_cluster
 from simulator.job.load import load_job
 from simulator.job.rules import resolve
 from trainer.mesh import make_axes
+from trainer.refuse import check_runnable
 
 SUITE = {name: "mesh-decoder" if name == "decoder" else "mesh-others" for name in CASES}
 PLANS = [(case, variant) for case, (_, variants) in CASES.items() for variant in variants]
@@ -91,6 +92,41 @@ def test_plans_that_fit_no_mesh_are_refused_by_name(change: dict[str, Any], rule
         return
     with pytest.raises(QuestionError, match=rule):
         make_axes(job, degrees)
+
+
+def runnable(*changes: dict[str, Any]) -> None:
+    job: dict[str, Any] = DECODER
+    for change in changes:
+        job = merged(job, change)
+    loaded = load_job(job)
+    check_runnable(loaded, resolve(loaded, resolve_cluster(loaded.cluster)), "cpu")
+
+
+BY_SEQUENCE = {"training": {"learning": {"router": {"balance_scope": "sequence"}}}}
+THREE = {"batch": {"sequences": 3, "length": 32}}
+
+
+@pytest.mark.parametrize(
+    ("change", "rule"),
+    [
+        # Two sequences of 32 tokens on four ranks: half of one each.
+        (plan(4, tensor=4, microbatch_sequences=2), None),
+        (plan(4, tensor=4, expert_tensor=2, sequence_parallel=True, microbatch_sequences=1), None),
+        # Three on two ranks: one and a half each.
+        (merged(plan(2, tensor=2), THREE), "balance_scope = sequence: .* equal pieces of one; it has 48 tokens"),
+    ],
+)
+def test_losses_over_sequences_need_equal_pieces_of_them(change: dict[str, Any], rule: str | None) -> None:
+    dropless = {"training": {"capacity": "dropless"}}
+    if rule is None:
+        runnable(change, BY_SEQUENCE)
+        return
+    with pytest.raises(QuestionError, match=rule):
+        runnable(change, BY_SEQUENCE)
+    # Where nothing is dropped there are no groups, and sequences stand for them.
+    with pytest.raises(QuestionError, match="capacity = dropless: .* equal pieces; it has 48 tokens"):
+        runnable(change, dropless)
+    runnable(change)
 
 
 def test_too_few_devices_are_refused() -> None:

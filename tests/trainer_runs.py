@@ -65,9 +65,13 @@ def start(trainer: Any, reference: Any = None) -> Any:
     """Parameters on their devices: the trainer's own first values stirred, or those of the reference, reshaped."""
     import jax
 
+    from trainer.parameters import initial_values
+
     shapes = trainer.state_shapes().params
     if reference is None:
-        reference = jax.tree_util.tree_map_with_path(stirred, jax.device_get(trainer.init().params))
+        seed = trainer.job.training.learning.seed
+        first = jax.jit(lambda: initial_values(trainer.abstract, seed, trainer.parameter_dtype))()
+        reference = jax.tree_util.tree_map_with_path(stirred, jax.device_get(first))
     return jax.tree.map(lambda x, w: jax.device_put(x.reshape(w.shape), w.sharding), reference, shapes)
 
 
