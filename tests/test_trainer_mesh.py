@@ -124,7 +124,7 @@ def test_losses_over_sequences_need_equal_pieces_of_them(change: dict[str, Any],
     with pytest.raises(QuestionError, match=rule):
         runnable(change, BY_SEQUENCE)
     # Where nothing is dropped there are no groups, and sequences stand for them.
-    with pytest.raises(QuestionError, match="capacity = dropless: .* equal pieces; it has 48 tokens"):
+    with pytest.raises(QuestionError, match=r"capacity = dropless: .* equal pieces; it has 48 tokens"):
         runnable(change, dropless)
     runnable(change)
 
