@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import fcntl
+import json
 import os
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
+
+# JAX's programs in tests run once: most of their time is the compiler's.
+os.environ.setdefault(
+    "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+)  # fmt: skip
 
 # No deadline: a slow machine is no failure. CI tries the same examples every time, elsewhere they differ between runs.
 settings.register_profile("local", deadline=None)
@@ -21,3 +33,29 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip("../shared is absent")
     return folder
+
+
+@pytest.fixture(scope="session")
+def trainer_suite(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, Any]]:
+    """What `tests/trainer_suites.py SUITE` finds on eight devices; run once, whatever the number of test workers."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    script = Path(__file__).with_name("trainer_suites.py")
+
+    @cache
+    def run(name: str) -> dict[str, Any]:
+        out = folder / f"trainer-{name}.json"
+        with out.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not out.exists():
+                command = [sys.executable, "-W", "error", str(script), name]
+                done = subprocess.run(
+                    command, cwd=script.parents[1], capture_output=True, text=True, timeout=540, check=False
+                )
+                assert done.returncode == 0, done.stderr[-4000:]
+                out.write_text(done.stdout)
+        found: dict[str, Any] = json.loads(out.read_text())
+        return found
+
+    return run

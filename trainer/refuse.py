@@ -157,8 +157,15 @@ def _check_groups(job: Job, d: Degrees) -> None:
         if whole % split:
             _no("plan.tensor", d.tensor, f"splits the {whole} tokens of a microbatch evenly")
         scope = job.training.learning.router.balance_scope
-        if scope == "sequence" and here % length:
-            _no("training.learning.router.balance_scope", scope, f"needs whole sequences of {length} on a device")
+        # Losses are over sequences where it is asked for, and where there are no groups. Tensor ranks share a sequence
+        # in equal pieces, and under sequence parallelism always do.
+        whole_or_pieces = job.plan.sequence_parallel or here % length == 0 or length % here == 0
+        if scope == "sequence" and not whole_or_pieces:
+            rule = f"needs whole sequences of {length} on a device, or equal pieces of one; it has {here} tokens"
+            _no("training.learning.router.balance_scope", scope, rule)
+        if capacity == "dropless" and not whole_or_pieces:
+            rule = f"has sequences of {length} for groups, whole on a device or in equal pieces; it has {here} tokens"
+            _no("training.capacity", capacity, rule)
         if capacity == "dropless":
             continue
         group = group_tokens(capacity, length, whole)

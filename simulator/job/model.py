@@ -122,7 +122,7 @@ class Moe(Section):
     """Mixture of experts of one layer.
 
     Layer i (from 0) has it when i >= first_dense and (i - offset) is a multiple of `every`; `layers` lists them
-    instead.     `top_k` counts all routed experts of a token (for a hierarchy: those of both levels multiplied).
+    instead. `top_k` counts all routed experts of a token (for a hierarchy: those of both levels multiplied).
     `shared_hidden` is the hidden size of all shared experts together. `dense_ffn` keeps the dense network beside the
     experts in the same layer (ST-MoE). `shared_gate` is a sigmoid gate on the shared expert (Qwen2-MoE: D weights).
     """
@@ -154,11 +154,25 @@ class Moe(Section):
                 )
             if self.top_k % self.hierarchy.top_k:
                 raise ValueError(f"top_k {self.top_k} is not a multiple of hierarchy.top_k {self.hierarchy.top_k}")
+            self._check_branches(self.hierarchy)
         if self.experts % self.router.groups:
             raise ValueError(f"experts {self.experts} is not a multiple of router.groups {self.router.groups}")
         if self.router.top_groups > self.router.groups:
             raise ValueError(f"router.top_groups {self.router.top_groups} exceeds router.groups {self.router.groups}")
+        reach = self.router.top_groups * self.experts // self.router.groups
+        if self.top_k > reach:
+            raise ValueError(
+                f"top_k {self.top_k} exceeds the {reach} experts in router.top_groups {self.router.top_groups}"
+            )
         return self
+
+    def _check_branches(self, h: Hierarchy) -> None:
+        """A token must find as many branches, and experts in each of them, as it takes."""
+        if h.top_k > h.branches:
+            raise ValueError(f"hierarchy.top_k {h.top_k} exceeds hierarchy.branches {h.branches}")
+        chosen, there = self.top_k // h.top_k, self.experts // h.branches
+        if chosen > there:
+            raise ValueError(f"top_k / hierarchy.top_k {chosen} exceeds experts / hierarchy.branches {there}")
 
     @property
     def gate_outputs(self) -> int:
