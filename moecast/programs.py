@@ -28,7 +28,22 @@ LONGEST_COMPILE_S = 1800.0
 def register(app: typer.Typer) -> None:
     """Add the commands to the command line."""
     app.command(name="compile", epilog=COMPILE_EXAMPLE)(compile_)
+    app.command(epilog="Example: moecast report runs/tiny-moe -o run.html")(report)
     app.command(epilog="Example: moecast scale examples/deepseek-v3.yaml --devices 8 > small.yaml")(scale)
+
+
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="The folder that `moecast train` wrote.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The page to write.")] = Path(
+        "run.html"
+    ),
+    as_json: Json = False,
+) -> None:
+    """Draw a training run as one HTML page: losses beside the text's entropies, drops and balance of the routers."""
+    from reports.run_page import write_run_page
+
+    write_run_page(folder, output)
+    print(json.dumps({"page": str(output)}) if as_json else f"report: {output}")
 
 
 def scale(

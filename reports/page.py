@@ -24,10 +24,19 @@ FIT = (
 def write_html(forecasts: Sequence[Forecast], path: str | Path, title: str) -> None:
     """Writes the page to `path`, whole or not at all; raises ValueError without forecasts."""
     path = Path(path)
+    _check_free(path)
+    write_text(render(forecasts, title), path)
+
+
+def _check_free(path: Path) -> None:
+    """The page is renamed into place: it must not take the place of a folder or a device."""
     if path.exists() and not path.is_file():
-        # The page is renamed into place: it must not take the place of a folder or a device.
         raise OSError(errno.EINVAL, "is there and is not a file", str(path))
-    text = render(forecasts, title)
+
+
+def write_text(text: str, path: Path) -> None:
+    """Writes `text` to `path`, whole or not at all."""
+    _check_free(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         temporary.write_text(text, encoding="utf-8", newline="\n")
@@ -37,7 +46,7 @@ def write_html(forecasts: Sequence[Forecast], path: str | Path, title: str) -> N
 
 
 def render(forecasts: Sequence[Forecast], title: str) -> str:
-    """The page as text, Plotly's JavaScript (4.8 MB) included."""
+    """The page as text."""
     if not forecasts:
         raise ValueError("a page needs at least one forecast")
     undo = draw.fixed_json()
@@ -45,11 +54,16 @@ def render(forecasts: Sequence[Forecast], title: str) -> str:
         body = "\n".join(_body(forecasts))
     finally:
         undo()
+    return page(body, title)
+
+
+def page(body: str, title: str, policy: str = POLICY) -> str:
+    """A whole page round `body`, Plotly's JavaScript (4.8 MB) included."""
     style = resources.files("reports").joinpath("style.css").read_text(encoding="utf-8")
     said = html.escape(title)
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{said}</title>\n<style>\n{style}</style>\n<script>{draw.plotly_js()}</script>\n</head>\n"
         f"<body>\n<main>\n<h1>{said}</h1>\n{body}\n</main>\n<script>{FIT}</script>\n</body>\n</html>\n"

@@ -10,6 +10,7 @@ Letters: B sequences of the global batch.
 from __future__ import annotations
 
 import contextlib
+import json
 import signal
 import threading
 import time
@@ -27,7 +28,7 @@ from simulator.job.rules import resolve
 from trainer.checkpoint import Checkpoints, Manifest, all_finite, restore_parameters
 from trainer.data import Batches, Entropies, corpus_entropies, make_batches
 from trainer.data.corpus import inside
-from trainer.folder import check_folder, claimed
+from trainer.folder import check_folder, claimed, write_aside
 from trainer.metrics import MetricsFile, not_finite, read_lines, step_record
 from trainer.processes import StopSignal, Watch, agree, short
 from trainer.report import LAST_STEPS, Progress, Result, summarised
@@ -149,6 +150,9 @@ class _Run:
             done = found.step if found else 0
             self._open_files(done, existing)
             entropies = corpus_entropies(self.job, self.folder, seed=self.job.training.learning.seed)
+            if self.lead:
+                named = {"unigram entropy": entropies.unigram_nats, "bigram entropy": entropies.bigram_nats}
+                write_aside(self.out / "entropies.json", json.dumps(named).encode())
             if done < self.total:
                 step = self._compiled(state)
                 self.progress.begin(done, self.total, entropies)
