@@ -85,10 +85,10 @@ def remats() -> Mapping:
         "none": 0,
         # The weighted sum of values is named like the scores; both are made again.
         "selective": 2 * scores,
-        # The last product is not needed: what came back of it was kept.
+        # The last product's result is not needed: gates are applied before it.
         "recompute": experts * 2 // 3,
         "save": 2 * scores + projections + router,
-        "full": 2 * scores + projections + experts + router,
+        "full": 2 * scores + projections + experts * 2 // 3 + router,
     }
     policies = {
         "none": "none", "selective": "selective", "full": "full", "save": {"save": ["experts"]},
