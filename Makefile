@@ -51,7 +51,7 @@ clean: ## remove .venv, caches, builds and demo.html
 
 # One environment, three sizes: the command alone, with the trainer and the test tools, with the lint tools.
 $(INSTALLED)-test: extras := [train,test]
-$(INSTALLED)-dev: extras := [dev]
+$(INSTALLED)-dev: extras := [train,dev]
 $(INSTALLED) $(INSTALLED)-test $(INSTALLED)-dev: pyproject.toml constraints.txt | $(BIN)/pip
 	@echo "==> installing moecast$(extras) into $(VENV)"
 	@$(PIP) -q install -c constraints.txt -e '.$(extras)'
