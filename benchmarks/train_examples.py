@@ -90,8 +90,8 @@ def experts(folder: Path, steps: int) -> None:
         for seed in (0, 1):
             out = folder / f"e{count}-{seed}"
             capacity = "training.capacity={factor: 1.25, basis: assignments, group_tokens: 1024, minimum: 4}"
-            moe = f"model.decoder.moe={{experts: {count}, top_k: 1}}"
-            changes = (moe, capacity, f"training.learning.seed={seed}")
+            moe = ("model.decoder.moe.top_k=1", f"model.decoder.moe.experts={count}")
+            changes = (*moe, capacity, f"training.learning.seed={seed}")
             result = train(EXAMPLES / "tiny-moe.yaml", out, steps, *ONE, *changes)
             found.append(math.nan if "failed" in result else last(losses(out), 50))
             print(f"{count:8d} {seed:5d} {found[-1]:12.3f} {result.get('failed', '')}", flush=True)
