@@ -55,11 +55,13 @@ def logits_of(x_GND: Array, kernel: Array, bias: Array | None = None) -> Array:
     return checkpoint_name(out if bias is None else out + bias.astype(jnp.float32), "router")
 
 
-def _noisy(s: Setting, moe: Moe, x: Array, router: Tree, noise: Noise | None, token_GN: Array) -> tuple[Any, ...]:
-    """Choices and loads of Shazeer's routers; noise only in training."""
+def _noisy(
+    moe: Moe, x: Array, logits_GNE: Array, router: Tree, noise: Noise | None, token_GN: Array
+) -> tuple[Any, ...]:
+    """Choices and loads of Shazeer's routers, from the experts' clean logits; noise only in training."""
 
     def level(name: str, noise_name: str, draw: int, k: int, branches: int | None = None) -> tuple[Any, Any]:
-        clean = logits_of(x, router[name])
+        clean = logits_GNE if name == "kernel" else logits_of(x, router[name])
         deviation = jax.nn.softplus(logits_of(x, router[noise_name])) + 1e-2
         drawn = noise.normal(draw, (clean.shape[-1],), token_GN) if noise is not None else None
         if branches is not None:
@@ -88,7 +90,7 @@ def route(
     load: Sums | None = None
     if moe.router.kind == "noisy_top_k":
         logits = logits_of(x, router["kernel"])
-        choices, load = _noisy(s, moe, x, router, noise, token_GN)
+        choices, load = _noisy(moe, x, logits, router, noise, token_GN)
     else:
         logits = logits_of(x, router["kernel"], router.get("bias"))
         if moe.router.kind == "expert_choice":
