@@ -21,7 +21,7 @@ demo: $(INSTALLED) ## forecast five models from T5 to DeepSeek-V3, and write the
 	$(BIN)/moecast forecast $(EXAMPLES:%=examples/%.yaml) --html demo.html
 
 test: $(INSTALLED)-test ## run the tests (more options: make test PYTEST_ARGS="-k name -x")
-	$(BIN)/pytest $(PYTEST_ARGS)
+	$(BIN)/pytest -n auto $(PYTEST_ARGS)
 
 lint: $(INSTALLED)-dev ## check style, format, types and the direction of imports
 	$(BIN)/ruff check .
