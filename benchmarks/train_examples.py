@@ -78,7 +78,7 @@ def z_loss(folder: Path, steps: int) -> None:
             found = losses(out)
             import pandas as pd
 
-            logit = float(pd.read_parquet(out / "router.parquet")["largest_logit"].max())
+            logit = float(pd.read_parquet(out / "router.parquet")["logit_largest"].max())
             print(f"{weight:8g} {seed:5d} {last(found):12.3f} {max(found[50:]):15.3f} {logit:14.1f}", flush=True)
 
 
