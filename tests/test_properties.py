@@ -77,10 +77,16 @@ def draw_moe(draw: st.DrawFn, layers: int) -> Data:
     if kind == "shared":
         moe |= {"shared_experts": 2, "shared_hidden": 1024, "shared_gate": draw(st.booleans())}
     elif kind == "hierarchy":
-        moe["hierarchy"] = {"branches": two_to(draw, experts), "top_k": two_to(draw, moe["top_k"])}
+        branches = two_to(draw, experts)
+        first = two_to(draw, min(moe["top_k"], branches))
+        # A branch has experts / branches to choose from.
+        moe["top_k"] = first * min(moe["top_k"] // first, experts // branches)
+        moe["hierarchy"] = {"branches": branches, "top_k": first}
     elif kind == "groups":
         groups = two_to(draw, experts)
-        moe["router"] = {"kind": "sigmoid", "bias": True, "groups": groups, "top_groups": two_to(draw, groups)}
+        kept = two_to(draw, groups)
+        moe["top_k"] = min(moe["top_k"], kept * experts // groups)
+        moe["router"] = {"kind": "sigmoid", "bias": True, "groups": groups, "top_groups": kept}
     where = draw(st.sampled_from(["all", "every", "first_dense", "layers", "dense_ffn"]))
     if where == "every":
         moe |= {"every": 2, "offset": 1}
