@@ -6,7 +6,6 @@ Aliases are refused as a whole: a job or profile never needs them, and nested on
 from __future__ import annotations
 
 import math
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import yaml
 
 from hw_profiles.errors import QuestionError
+from hw_profiles.files import read_bytes
 
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 40
@@ -91,31 +91,12 @@ def read_text(path: Path, where: str = "") -> str:
     """The text in the file `path`; QuestionError for one that is missing, no file, large, or binary."""
     where = where or str(path)
     try:
-        if not path.is_file():
-            raise QuestionError(f"{where}: not a file" if path.exists() else f"{where}: no such file")
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            data = b"" if size > MAX_BYTES else file.read(MAX_BYTES + 1)
-        if max(size, len(data)) > MAX_BYTES:
-            raise QuestionError(f"{where}: {size:,} bytes; at most {MAX_BYTES:,} are read")
-        text = data.decode("utf-8")
+        text = read_bytes(path, MAX_BYTES, where).decode("utf-8")
     except UnicodeDecodeError:
         raise QuestionError(f"{where}: not a text file (UTF-8)") from None
-    except OSError as error:
-        raise QuestionError(f"{where}: {str(error.strerror).lower()}") from None
     if "\x00" in text:
         raise QuestionError(f"{where}: not a text file (NUL byte)")
     return text
-
-
-def inside(name: str, folder: Path, start: str, rule: str = "must lie in the job's folder") -> Path:
-    """`name` under `folder`; QuestionError, `start` and `rule`, where it leaves it, or where it is no path at all."""
-    try:
-        if (folder / name).resolve().is_relative_to(folder.resolve()):
-            return folder / name
-    except (OSError, RuntimeError, ValueError):
-        rule = "not a path: it has a loop, a NUL character or a name too long"
-    raise QuestionError(f"{start}: {rule}")
 
 
 def read_yaml(path: Path) -> Any:

@@ -221,10 +221,7 @@ def _write_page(answers: list[Forecast], path: Path) -> None:
     from reports.page import write_html
 
     title = answers[0].job.name if len(answers) == 1 else "Comparison of " + ", ".join(a.job.name for a in answers)
-    try:
-        write_html(answers, path, f"moecast: {title}")
-    except OSError as error:  # which names the temporary file beside the page
-        raise OSError(error.errno, error.strerror, str(path)) from None
+    write_html(answers, path, f"moecast: {title}")
 
 
 def _print_tables(answers: list[Forecast], html: Path | None) -> None:

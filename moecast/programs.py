@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hw_profiles.errors import QuestionError
+from hw_profiles.files import write_whole
 from moecast.progress import FAILED, NO, busy
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
@@ -63,7 +63,7 @@ def scale(
     small = scale_job(big, devices)
     text = _as_yaml(small, big.name, devices)
     if output is not None:
-        _write_aside(output, text)
+        write_whole(output, text.encode())
     if as_json:
         listed = [{"field": f, "from": a, "to": b} for f, a, b in changes(big, small)]
         print(json.dumps({"job": small.model_dump(mode="json", exclude_defaults=True), "changes": listed}, indent=2))
@@ -119,7 +119,7 @@ def _compile_here(
     job = given.model_copy(update={"cluster": target.cluster})
     program, text = compile_step(job, resolve(job, resolve_cluster(job.cluster)), target)
     if hlo is not None:
-        _write_aside(hlo, text)
+        write_whole(hlo, text.encode())
     answer = forecast(as_our_program(job, target.platform), engine="closed-form", folder=path.parent)
     found = compare(answer, program)
     if as_json:
@@ -145,16 +145,3 @@ def _as_yaml(small: Any, name: str, devices: int) -> str:
     data = small.model_dump(mode="json", exclude_defaults=True)
     body = yaml.safe_dump(data, sort_keys=False, default_flow_style=None, width=110)
     return f"# The small sibling of {name} for {devices} CPU devices, by the recipe of `moecast scale`.\n{body}"
-
-
-def _write_aside(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    if path.is_dir():
-        raise QuestionError(f"--output {path}: is a folder")
-    aside = path.with_name(f".{path.name}.part")
-    try:
-        aside.write_text(text, encoding="utf-8")
-        os.replace(aside, path)
-    except OSError as error:
-        aside.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror, str(path)) from None

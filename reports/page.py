@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import errno
 import html
-import os
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
+from hw_profiles.files import write_whole
 from reports import draw, sections
 from reports.parts import unique_names
 from simulator.results.forecast import Forecast
@@ -23,26 +22,7 @@ FIT = (
 
 def write_html(forecasts: Sequence[Forecast], path: str | Path, title: str) -> None:
     """Writes the page to `path`, whole or not at all; raises ValueError without forecasts."""
-    path = Path(path)
-    _check_free(path)
-    write_text(render(forecasts, title), path)
-
-
-def _check_free(path: Path) -> None:
-    """The page is renamed into place: it must not take the place of a folder or a device."""
-    if path.exists() and not path.is_file():
-        raise OSError(errno.EINVAL, "is there and is not a file", str(path))
-
-
-def write_text(text: str, path: Path) -> None:
-    """Writes `text` to `path`, whole or not at all."""
-    _check_free(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        temporary.write_text(text, encoding="utf-8", newline="\n")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(Path(path), render(forecasts, title).encode())
 
 
 def render(forecasts: Sequence[Forecast], title: str) -> str:

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hw_profiles.errors import QuestionError
+from hw_profiles.files import write_whole
 from reports import draw, tables
-from reports.page import POLICY, page, write_text
+from reports.page import POLICY, page
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -34,7 +35,8 @@ def write_run_page(folder: Path, path: Path) -> None:
     finally:
         undo()
     # Heat maps are images that the page itself makes.
-    write_text(page(body, f"moecast: run {folder.name}", policy=f"{POLICY}; img-src data:"), path)
+    text = page(body, f"moecast: run {folder.name}", policy=f"{POLICY}; img-src data:")
+    write_whole(path, text.encode())
 
 
 def _metrics(folder: Path) -> list[dict[str, Any]]:

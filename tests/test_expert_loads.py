@@ -411,7 +411,7 @@ def test_files_that_are_no_table_of_the_job_are_refused(tmp_path: Path, monkeypa
     for name, says in {
         "../t.csv": "must lie in the job's folder", "link.csv": "must lie in the job's folder",
         str(tmp_path / "t.csv"): "must lie in the job's folder", "a\0b.csv": "not a path", "x" * 5000: "name too long",
-        "none.csv": "no such file", ".": "not a file", "long.csv": "more than the 50 bytes that are read",
+        "none.csv": "no such file", ".": "not a file", "long.csv": "bytes; at most 50 are read",
     }.items():  # fmt: skip
         with pytest.raises(QuestionError) as refused:
             read_counts(name, inner, [1, 3], 4, [100, 100])

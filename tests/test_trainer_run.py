@@ -296,7 +296,7 @@ def test_fine_tuning_begins_with_the_parameters_and_keeps_what_is_frozen(finishe
     ("change", "rule"),
     [
         ("training.learning.start={checkpoint: runs/none}", "holds no checkpoint"),
-        ("training.learning.start={checkpoint: ../other}", "must be a path within the job's folder"),
+        ("training.learning.start={checkpoint: ../other}", "must lie in the job's folder, without '..'"),
         ("model.vocab=400", r"params\['embedding'\]\['table'\]: shape \[384, 32\] there, \[400, 32\] in the job"),
     ],
 )

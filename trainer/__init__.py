@@ -1,1 +1,1 @@
-"""What needs JAX: running a job for real (to come), and reading what the compiler makes of it."""
+"""What needs JAX: running a job for real (docs/trainer.md), and reading what the compiler makes of it."""

@@ -23,8 +23,9 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from hw_profiles.errors import QuestionError, WorkFailed
+from hw_profiles.files import sync_folder, write_whole
 from simulator.job.job import Job
-from trainer.folder import check_same_job, digest_of, job_record, read_json, sync_folder, write_aside
+from trainer.folder import check_same_job, digest_of, job_record, read_json
 from trainer.processes import Watch, agree, short
 from trainer.step import State, Trainer
 
@@ -164,7 +165,7 @@ class Checkpoints:
                 self._saver.wait_until_finished()
                 if self._lead:
                     record["files"] = file_table(path / ARRAYS)
-                    write_aside(path / MANIFEST, json.dumps(sealed(record)).encode())
+                    write_whole(path / MANIFEST, json.dumps(sealed(record)).encode())
                     sync_folder(self._folder)
             self._good.append(step)
             if self._lead:

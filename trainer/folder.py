@@ -10,12 +10,12 @@ import contextlib
 import fcntl
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from hw_profiles.errors import QuestionError
+from hw_profiles.files import write_whole
 from simulator.job.job import Job
 
 RUN_FILE = "run.json"
@@ -73,31 +73,6 @@ def read_json(path: Path) -> Any:
         raise ValueError("nested too deep") from None
 
 
-def write_aside(path: Path, data: bytes) -> None:
-    """Put `data` into `path` whole or not at all, even where the machine stops."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        with part.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            part.unlink()
-        raise
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in `folder` last."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def digest_of(path: Path) -> str:
     """SHA-256 of a file."""
     with path.open("rb") as file:
@@ -147,5 +122,5 @@ def claimed(out: Path, job: Job, *, resume: bool) -> Iterator[bool]:
             text = json.dumps(
                 {"version": VERSION, "name": job.name, "hash": job.hash, "job": job_record(job)}, indent=1
             )
-            write_aside(out / RUN_FILE, text.encode())
+            write_whole(out / RUN_FILE, text.encode())
         yield existing

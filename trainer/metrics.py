@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from hw_profiles.errors import QuestionError
+from hw_profiles.files import write_whole
 from simulator.job.job import Job
-from trainer.folder import write_aside
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
@@ -67,7 +67,7 @@ class MetricsFile:
     def _keep(self, after: int) -> None:
         kept = [line for line, record in read_lines(self.path) if record["step"] <= after]
         if self.path.exists():
-            write_aside(self.path, "".join(kept).encode())
+            write_whole(self.path, "".join(kept).encode())
 
     def write(self, record: Mapping[str, Any], *, board: bool) -> None:
         """Add a step's line, and with `board` its numbers to the event file."""

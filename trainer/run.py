@@ -23,12 +23,12 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from hw_profiles.errors import Interrupted, QuestionError, WorkFailed
+from hw_profiles.files import inside, write_whole
 from hw_profiles.loader import resolve_cluster
 from simulator.job.rules import resolve
 from trainer.checkpoint import Checkpoints, Manifest, all_finite, restore_parameters
 from trainer.data import Batches, Entropies, corpus_entropies, make_batches
-from trainer.data.corpus import inside
-from trainer.folder import check_folder, claimed, write_aside
+from trainer.folder import check_folder, claimed
 from trainer.metrics import MetricsFile, not_finite, read_lines, step_record
 from trainer.processes import StopSignal, Watch, agree, short
 from trainer.report import LAST_STEPS, Progress, Result, summarised
@@ -152,7 +152,7 @@ class _Run:
             entropies = corpus_entropies(self.job, self.folder, seed=self.job.training.learning.seed)
             if self.lead:
                 named = {"unigram entropy": entropies.unigram_nats, "bigram entropy": entropies.bigram_nats}
-                write_aside(self.out / "entropies.json", json.dumps(named).encode())
+                write_whole(self.out / "entropies.json", json.dumps(named).encode())
             if done < self.total:
                 step = self._compiled(state)
                 self.progress.begin(done, self.total, entropies)

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.folder import write_aside
+from hw_profiles.files import write_whole
 from trainer.model import segments, stack_layers, stacks
 
 if TYPE_CHECKING:
@@ -215,7 +215,7 @@ def _write(path: Path, *tables: Any) -> None:
     with _arrow(".parquet").ParquetWriter(out, tables[0].schema, compression="zstd") as writer:
         for table in tables:
             writer.write_table(table)
-    write_aside(path, out.getvalue())
+    write_whole(path, out.getvalue())
 
 
 def _read(path: Path) -> Any:

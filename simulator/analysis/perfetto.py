@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from hw_profiles.files import write_whole
 from simulator.results.timeline import KINDS, STREAMS, Timeline
 
 _COMPUTE = STREAMS.index("compute")
@@ -27,12 +27,7 @@ def write_perfetto(timeline: Timeline, path: Path, title: str) -> None:
     if path.name.endswith(".gz"):
         # No time of writing in the header.
         data = gzip.compress(data, mtime=0)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(path, data)
 
 
 def trace(timeline: Timeline, title: str) -> dict[str, Any]:

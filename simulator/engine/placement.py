@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hw_profiles.errors import QuestionError
-from hw_profiles.yaml_reader import inside, parse_yaml, read_text
+from hw_profiles.files import inside
+from hw_profiles.yaml_reader import parse_yaml, read_text
 
 Ranks = list[list[int]]
 Loads = NDArray[np.float64] | Sequence[float]

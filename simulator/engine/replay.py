@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hw_profiles.errors import QuestionError, nearest
-from hw_profiles.yaml_reader import inside
+from hw_profiles.files import inside, read_bytes
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -38,7 +38,7 @@ def read_counts(
     """
     start = f"training.routing.file = {path!r:.60}"
     file = inside(path, folder, start)
-    table = _read(file, _bytes(file, start), start)
+    table = _read(file, read_bytes(file, MAX_BYTES, start), start)
     columns = [_numbers(table, name, start, file.suffix == ".csv") for name in COLUMNS]
     if not len(columns[0]):
         raise QuestionError(f"{start}: has no rows")
@@ -69,20 +69,6 @@ def read_counts(
     order = np.searchsorted(known, np.array(layers))
     mean: NDArray[np.float64] = counts.mean(axis=0)[order]
     return mean
-
-
-def _bytes(file: Path, start: str) -> bytes:
-    """What is in `file`, bounded."""
-    try:
-        if not file.is_file():
-            raise QuestionError(f"{start}: {'not a file' if file.exists() else 'no such file'}")
-        with file.open("rb") as opened:
-            data = opened.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise QuestionError(f"{start}: {str(error.strerror).lower()}") from None
-    if len(data) > MAX_BYTES:
-        raise QuestionError(f"{start}: more than the {MAX_BYTES:,} bytes that are read")
-    return data
 
 
 def _read(file: Path, data: bytes, start: str) -> pd.DataFrame:

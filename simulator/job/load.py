@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from hw_profiles.errors import QuestionError
+from hw_profiles.files import inside
 from hw_profiles.validation import validate
-from hw_profiles.yaml_reader import find_not_finite, inside, parse_yaml, read_text, read_yaml
+from hw_profiles.yaml_reader import find_not_finite, parse_yaml, read_text, read_yaml
 from simulator.job.job import Job
 from simulator.job.model import Model
 from simulator.job.presets import load_preset

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from hw_profiles.errors import QuestionError
+from hw_profiles.files import inside
 from simulator.job.learning import Data
 from trainer.data.tables import jsonl_texts, parquet_texts
 
@@ -130,7 +131,7 @@ def _expand(name: str, folder: Path, start: str) -> list[tuple[Path, str]]:
                 continue
             inner = Path(top) / entry
             relative = inner.relative_to(path).as_posix()
-            _check_inside(inner, folder, f"{start}, {relative!r:.80}")
+            inside(inner.relative_to(folder).as_posix(), folder, f"{start}, {relative!r:.80}")
             if entry in folders:
                 if inner.is_symlink():
                     raise QuestionError(f"{start}, {relative!r:.80}: is a link to a folder; list that folder itself")
@@ -143,25 +144,6 @@ def _expand(name: str, folder: Path, start: str) -> list[tuple[Path, str]]:
     if not found:
         raise QuestionError(f"{start}: the folder holds no file")
     return [(inner, f"{start}, {relative!r:.80}") for relative, inner in sorted(found)]
-
-
-def inside(name: str, folder: Path, start: str) -> Path:
-    """`name` under `folder`; QuestionError beginning with `start` where it leaves it, or is no path at all."""
-    if ".." in Path(name).parts or Path(name).is_absolute():
-        raise QuestionError(f"{start}: must be a path within the job's folder, without '..'")
-    _check_inside(folder / name, folder, start)
-    return folder / name
-
-
-def _check_inside(path: Path, folder: Path, start: str) -> None:
-    try:
-        if path.resolve().is_relative_to(folder.resolve()):
-            path.exists()
-            return
-        rule = "must lie in the job's folder; it is a link out of it"
-    except (OSError, RuntimeError, ValueError):
-        rule = "not a path: it has a loop, a NUL character or a name too long"
-    raise QuestionError(f"{start}: {rule}")
 
 
 def _read(source: Source, field: str) -> Iterator[Document]:

@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hw_profiles.errors import QuestionError
-from trainer.data.corpus import FIELD, inside
+from hw_profiles.files import inside, read_bytes
+from trainer.data.corpus import FIELD
 
 MAX_FILE_BYTES = 10**8
 FIRST_BYTE = 3  # ids 0, 1, 2 are padding, end and start of a document
@@ -88,13 +89,7 @@ def _encode_bytes(texts: Sequence[str]) -> list[NDArray[np.int64]]:
 
 
 def _read(path: Path, start: str) -> str:
-    try:
-        with path.open("rb") as file:
-            content = file.read(MAX_FILE_BYTES + 1)
-    except OSError as error:
-        raise QuestionError(f"{start}: {str(error.strerror).lower()}") from None
-    if len(content) > MAX_FILE_BYTES:
-        raise QuestionError(f"{start}: more than the {MAX_FILE_BYTES:,} bytes that are read")
+    content = read_bytes(path, MAX_FILE_BYTES, start)
     try:
         text = content.decode("utf-8")
         if not isinstance(json.loads(text), dict):
