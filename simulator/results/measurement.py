@@ -1,0 +1,69 @@
+"""One row of a measurement table: what somebody timed (or counted), where, and how often. No computation.
+
+Every source becomes rows of this one schema (docs/measurements.md): our trainer's traces and benchmarks, other people's
+profiles, logs and tables. Seconds, bytes and FLOPs are per device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+# Of the schema; a table of a newer one is refused.
+VERSION = 1
+
+# step: a whole training step. op: everything of one scope and pass in a step. kernel: one product, stream or launch of
+# a shape. collective: one call. memory: bytes, not seconds. compiler-estimate: seconds that a compiler states.
+KINDS = ("step", "op", "kernel", "collective", "memory", "compiler-estimate")
+PASSES = ("", "forward", "recompute", "backward")
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """One measured thing.
+
+    `id` names it within its table. `name` is what was measured: a scope (`simulator/job/scopes.py`) for `op` rows; the
+    kind of collective (all_to_all); product, grouped_product, attention, stream, launch for kernels; peak for memory.
+    `shape` is [groups, rows, depth, columns] of a product and free elsewhere. `bytes` of a collective are nccl-tests'
+    size; of a `memory` row they are the result, and `seconds` is None. `seconds` is the `statistic` of `samples`
+    timings, `p10_s` and `p90_s` their spread, of all `calls` in a step together for `op` rows. `group_size` devices
+    take part in a collective, `stride` apart; `devices` were at work at the same time. `device` is None for a statistic
+    over all. `job_hash` names a job that the table carries.
+    """
+
+    id: str
+    source: str
+    date: str
+    chip: str
+    software: str
+    kind: str
+    name: str
+    seconds: float | None = None
+    phase: str = ""
+    shape: tuple[int, ...] = ()
+    dtype: str = ""
+    bytes: float | None = None
+    flops: float | None = None
+    calls: float = 1.0
+    group_size: int = 1
+    stride: int = 1
+    level: str = ""
+    devices: int = 1
+    device: int | None = None
+    statistic: str = "median"
+    samples: int = 1
+    p10_s: float | None = None
+    p90_s: float | None = None
+    job_hash: str = ""
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class MeasurementTable:
+    """Rows, the jobs (as mappings, by hash) that they speak of, and files that go with it (routing, by job hash)."""
+
+    rows: tuple[Measurement, ...]
+    jobs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    routing: Mapping[str, str] = field(default_factory=dict)
+    name: str = ""
