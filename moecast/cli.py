@@ -18,7 +18,7 @@ import typer
 from typer.core import TyperGroup
 
 from hw_profiles.errors import QuestionError, WorkFailed
-from moecast import programs, train
+from moecast import measure, programs, train
 from moecast.progress import FAILED, INTERRUPTED, NO, busy
 
 if TYPE_CHECKING:
@@ -322,6 +322,7 @@ def schema(as_json: Json = True) -> None:
 
 programs.register(app)
 train.register(app)
+measure.register(app)
 
 
 def _complain(text: str) -> None:

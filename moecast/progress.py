@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 NO, FAILED, INTERRUPTED = 3, 4, 130
 
@@ -19,3 +20,41 @@ def busy(doing: str) -> Iterator[None]:
 
     with Console(stderr=True).status(doing):
         yield
+
+
+class Bar:
+    """What a progress bar can be told; it shows nothing where standard error is a file or a pipe."""
+
+    def __init__(self, shown: Any = None, task: Any = None) -> None:
+        self._shown, self._task = shown, task
+
+    def say(self, text: str) -> None:
+        """What is being done now."""
+        if self._shown is not None:
+            self._shown.update(self._task, said=text)
+
+    def advance(self, steps: int = 1) -> None:
+        """Some of it is done."""
+        if self._shown is not None:
+            self._shown.advance(self._task, steps)
+
+
+@contextmanager
+def bar(doing: str, total: int) -> Iterator[Bar]:
+    """A progress bar on a terminal, with what is being done and the time left."""
+    if not sys.stderr.isatty():
+        yield Bar()
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    said = TextColumn("{task.fields[said]}", markup=False)
+    columns = (
+        TextColumn(doing),
+        MofNCompleteColumn(),
+        BarColumn(bar_width=12),
+        said,
+        TimeRemainingColumn(compact=True),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as shown:
+        yield Bar(shown, shown.add_task("", total=total, said=""))

@@ -72,7 +72,7 @@ def train(
                 raise QuestionError(f"--processes {count}: must divide the {cluster.devices} devices")
     if (address is not None or launched > 1) and WORKER not in os.environ:
         raise typer.Exit(_supervise())
-    _prepare(cluster, cluster.devices // count)
+    prepare(cluster, cluster.devices // count)
     target = out or job.parent / "runs" / asked.name
     if WORKER not in os.environ:
         result = _run(job, asked, cluster, target, devices, steps, resume)
@@ -103,7 +103,7 @@ def _launched(cluster: Cluster) -> int:
     return max(hosts, *(int(n) for n in told if n.isdecimal()), 1)
 
 
-def _prepare(cluster: Cluster, local: int) -> None:
+def prepare(cluster: Cluster, local: int) -> None:
     """Settings that JAX reads when it starts."""
     if cluster.chip.kind != "cpu":
         return
@@ -138,7 +138,7 @@ def _run(
         present = jax.devices()
     except RuntimeError as error:
         raise WorkFailed(f"JAX found no devices: {' '.join(str(error).split())}") from None
-    _check_present(path, cluster, present, devices)
+    check_present(path, cluster, present, devices)
     from moecast.train_progress import TrainProgress
 
     _quieten()
@@ -172,7 +172,7 @@ def _quieten() -> None:
     sys.unraisablehook = hook
 
 
-def _check_present(path: Path, cluster: Cluster, present: list[Any], devices: int | None) -> None:
+def check_present(path: Path, cluster: Cluster, present: list[Any], devices: int | None) -> None:
     """QuestionError where the job is for other devices than there are."""
     from hw_profiles.errors import QuestionError
 

@@ -109,6 +109,12 @@ def local_losses(
     """
     run = pipelined_forward if t.degrees.pipeline > 1 else forward
     sums, reports = run(s, t.abstract, params, batch, key)
+    with jax.named_scope("step.sums"):
+        return _finished(t, s, sums, reports, weight)
+
+
+def _finished(t: Trainer, s: Setting, sums: Tree, reports: Tree, weight: Array) -> tuple[Array, Tree]:
+    """The loss and the metrics from what the devices' layers have summed up."""
     learning, how = t.job.training.learning, t.job.training.learning.router
     axes = tuple(dict.fromkeys((*s.axes.pipeline, *s.axes.data)))
     sums = jax.tree.map(lambda x: lax.psum(varying(x, axes), axes) if axes else x, sums)

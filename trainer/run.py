@@ -14,7 +14,7 @@ import json
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,8 +26,9 @@ from hw_profiles.errors import Interrupted, QuestionError, WorkFailed
 from hw_profiles.files import inside, write_whole
 from hw_profiles.loader import resolve_cluster
 from simulator.job.rules import resolve
+from trainer.batches import batches_here, placed, rows_here
 from trainer.checkpoint import Checkpoints, Manifest, all_finite, restore_parameters
-from trainer.data import Batches, Entropies, corpus_entropies, make_batches
+from trainer.data import Batches, Entropies, corpus_entropies
 from trainer.folder import check_folder, claimed
 from trainer.metrics import MetricsFile, not_finite, read_lines, step_record
 from trainer.processes import StopSignal, Watch, agree, short
@@ -67,9 +68,10 @@ def run(
     lead = jax.process_index() == 0
     if lead:
         check_folder(out, job, resume=resume)
-    batches = _batches(job, folder, trainer, "train", job.training.learning.seed)
+    rows = rows_here(trainer)
+    batches = batches_here(job, folder, rows, "train", job.training.learning.seed)
     if job.training.run.evaluate_every is not None:
-        _batches(job, folder, trainer, "held_out", 0).close()
+        batches_here(job, folder, rows, "held_out", 0).close()
     with contextlib.ExitStack() as stack:
         stack.callback(batches.close)
         watch = Watch(parent)
@@ -78,25 +80,6 @@ def run(
         with watch.waiting("process 0 to open the run's folder", STEP_S):
             existing = bool(agree(int(existing)))
         return _Run(job, folder, out, trainer, batches, watch, progress, steps or job.training.run.steps).go(existing)
-
-
-def _rows(trainer: Trainer) -> range:
-    """The rows of a global batch that this process's devices hold."""
-    shape = trainer.batch_shapes()["sequence_B"]
-    held = [
-        index[0].indices(shape.shape[0])
-        for index in shape.sharding.addressable_devices_indices_map(shape.shape).values()
-    ]
-    first, last = min(h[0] for h in held), max(h[1] for h in held)
-    if len({row for h in held for row in range(h[0], h[1])}) != last - first or first % (last - first):
-        raise QuestionError("plan: splits the batch over processes in a way the trainer does not serve")
-    return range(first, last)
-
-
-def _batches(job: Job, folder: Path, trainer: Trainer, split: Any, seed: int) -> Batches:
-    rows = _rows(trainer)
-    parts = job.batch.sequences // len(rows)
-    return make_batches(job, folder, split=split, seed=seed, process_index=rows.start // len(rows), process_count=parts)
 
 
 @contextlib.contextmanager
@@ -122,7 +105,7 @@ class _Run:
         self.job, self.folder, self.out, self.trainer, self.batches = job, folder, out, trainer, batches
         self.watch, self.progress, self.total = watch, progress, total
         self.lead = jax.process_index() == 0
-        self.rows = _rows(trainer)
+        self.rows = rows_here(trainer)
         self.shapes = trainer.batch_shapes()
         self.numbers = layer_numbers(job, trainer.degrees)
         self.layers = sum(len(n) for found in self.numbers.values() for n in found)
@@ -195,14 +178,6 @@ class _Run:
         if self.job.training.run.telemetry and self.layers:
             self.telemetry = Telemetry(self.out, done)
 
-    def _place(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """This process's rows as parts of the global arrays."""
-        local = {**batch, "sequence_B": np.arange(self.rows.start, self.rows.stop, dtype=np.int32)}
-        return {
-            name: jax.make_array_from_process_local_data(like.sharding, local[name], like.shape)
-            for name, like in self.shapes.items()
-        }
-
     def _compiled(self, state: State) -> Any:
         begun = time.monotonic()
         with _working("compiling the step"), self.watch.waiting("the step to be compiled", COMPILE_S):
@@ -239,7 +214,7 @@ class _Run:
         pending: tuple[int, Any] | None = None
         while done < self.total:
             with _working(f"step {done + 1}"), self.watch.waiting(f"step {done + 1} to begin", self._patience()):
-                state, metrics = step(state, self._place(next(self.batches)))
+                state, metrics = step(state, placed(self.shapes, self.rows, next(self.batches)))
             done += 1
             if pending is not None:
                 self._write(self._fetched(*pending))
@@ -303,13 +278,15 @@ class _Run:
 
     def _evaluated(self, state: State, done: int) -> float:
         """Mean cross-entropy per target of the first held-out batches, always the same ones."""
-        batches = _batches(self.job, self.folder, self.trainer, "held_out", 0)
+        batches = batches_here(self.job, self.folder, self.rows, "held_out", 0)
         total = weight = 0.0
         try:
             for _ in range(self.job.training.run.evaluation_batches):
                 what = f"the evaluation after step {done}"
                 with _working(what), self.watch.waiting(what, COMPILE_S):
-                    seen = jax.device_get(self.trainer.evaluate(state.params, self._place(next(batches))))
+                    seen = jax.device_get(
+                        self.trainer.evaluate(state.params, placed(self.shapes, self.rows, next(batches)))
+                    )
                 total += float(seen["loss"]) * float(seen["weights"])
                 weight += float(seen["weights"])
         finally:

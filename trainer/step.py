@@ -167,14 +167,15 @@ class Trainer:
 
     def _step(self, state: State, batch: Tree) -> tuple[State, Tree]:
         gradients, metrics = self.gradients(state.params, batch, state.step)
-        updates, optimizer = self.optimizer.update(gradients, state.optimizer, state.params)
-        params = optax.apply_updates(state.params, updates)
+        with jax.named_scope("optimizer.update"):
+            updates, optimizer = self.optimizer.update(gradients, state.optimizer, state.params)
+            params = optax.apply_updates(state.params, updates)
+            metrics["gradient_norm"] = optax.tree.norm(gradients)
         how = self.job.training.learning.router
         counts = metrics.get("experts", {})
         still = frozen_parts(self.job, self.abstract, biases=True)
         params = _move_biases(still, params, counts, how.bias_update)
         params = lax.with_sharding_constraint(params, self.place(self.parameter_specs))
-        metrics["gradient_norm"] = optax.tree.norm(gradients)
         metrics["learning_rate"] = schedule_of(self.job.training.learning.learning_rate)(state.step)
         return State(state.step + 1, params, optimizer), metrics
 

@@ -174,6 +174,11 @@ class Telemetry:
         return sorted(out)
 
 
+def write_routing(path: Path, seen: Sequence[LayerSeen]) -> None:
+    """Tokens per expert of all layers and steps seen, as `training.routing: {model: replay}` reads them."""
+    _write(path, _routing(seen))
+
+
 def _arrow(name: str = "") -> Any:
     return importlib.import_module(f"pyarrow{name}")
 

@@ -1,0 +1,248 @@
+"""Measures a job as it really runs: whole steps without the profiler, then traced steps by scope, pass and device.
+
+Batches are placed before the clock starts: the input pipeline is not part of a step here (a note in every row says so).
+"""
+
+from __future__ import annotations
+
+import datetime
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+
+from hw_profiles.errors import WorkFailed
+from hw_profiles.loader import resolve_cluster
+from simulator.job.rules import resolve
+from simulator.results.measurement import Measurement
+from trainer.attribution import Call, Program, Share, check_program, collective_calls, shares
+from trainer.batches import Placer
+from trainer.hlo import CompiledProgram, parse_module, read_program
+from trainer.hlo_memory import compile_lowered
+from trainer.processes import short
+from trainer.step import Trainer
+from trainer.telemetry import LayerSeen, layer_numbers, seen_layers
+from trainer.xplane import Execution, check_clocks, read_trace, trace_file
+
+if TYPE_CHECKING:
+    from simulator.job.job import Job
+
+WARM_UP = 3
+NOTE = "batches in place before the clock starts"
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one measurement of a job gave: rows of the table, and what its routers did in the timed steps."""
+
+    rows: tuple[Measurement, ...]
+    routing: tuple[LayerSeen, ...]
+
+
+def software() -> str:
+    """The software that runs a step here, with its versions."""
+    return f"jax {jax.__version__}, XLA:{jax.default_backend().upper()} of jaxlib {version('jaxlib')}"
+
+
+def today() -> str:
+    """The date in a row."""
+    return datetime.datetime.now(datetime.UTC).date().isoformat()
+
+
+def measure(
+    job: Job,
+    folder: Path,
+    devices: Sequence[Any],
+    *,
+    steps: int,
+    traced: int,
+    part: str = "",
+    say: Say = lambda _: None,
+) -> Measured:
+    """Run `job` on `devices`: `steps` timed steps after a warm-up, then `traced` ones under the profiler.
+
+    `folder` is the job's; `part` goes into the rows' ids, to tell repeated measurements apart. QuestionError for a job
+    the trainer cannot run, WorkFailed where a step fails or its trace cannot be matched with the program.
+    """
+    cluster = resolve_cluster(job.cluster)
+    trainer = Trainer.of(job, resolve(job, cluster), devices)
+    placer = Placer(job, folder, trainer)
+    try:
+        say("compiling")
+        lowered = trainer.step.lower(trainer.state_shapes(), placer.shapes)
+        compiled, report = compile_lowered(lowered, trainer.platform)
+        program = read_program(compiled, trainer.platform, report)
+        run = _Steps(trainer, placer, compiled)
+        say("warming up")
+        run.some(WARM_UP)
+        say("timing steps")
+        seconds = run.some(steps)
+        say("tracing steps")
+        executions = _traced(run, traced, job.name) if traced else ()
+    finally:
+        placer.close()
+    maker = _Rows(job, cluster.chip.name, len(devices), part)
+    rows = [maker.step(seconds), *maker.memory(program)]
+    if executions:
+        index = Program(parse_module(compiled.as_text()), program.collectives)
+        rows += _trace_rows(maker, executions, index, program, job.name)
+    return Measured(tuple(rows), tuple(run.seen))
+
+
+class _Steps:
+    """Runs steps one after the other and times each."""
+
+    def __init__(self, trainer: Trainer, placer: Placer, compiled: Any) -> None:
+        self.trainer, self.placer, self.compiled = trainer, placer, compiled
+        self.state = trainer.init()
+        self.done = 0
+        self.seen: list[LayerSeen] = []
+        self.numbers = layer_numbers(trainer.job, trainer.degrees)
+
+    def some(self, count: int) -> list[float]:
+        """Seconds of each of `count` steps, waited for."""
+        out, fetched = [], []
+        for _ in range(count):
+            batch = self.placer.next()
+            jax.block_until_ready((self.state, batch))
+            begun = time.perf_counter()
+            try:
+                self.state, metrics = self.compiled(self.state, batch)
+                jax.block_until_ready((self.state, metrics))
+            except (jax.errors.JaxRuntimeError, RuntimeError) as error:
+                raise WorkFailed(f"{self.trainer.job.name}: step {self.done + 1}: {short(error)}") from None
+            out.append(time.perf_counter() - begun)
+            self.done += 1
+            fetched.append((self.done, metrics))
+        for step, metrics in fetched:
+            if any(len(n) for n in self.numbers.values()):
+                values = jax.device_get(metrics["experts"])
+                self.seen += seen_layers(step, values, self.numbers, self.trainer.degrees.expert)
+        return out
+
+
+def _traced(run: _Steps, count: int, name: str) -> tuple[Execution, ...]:
+    """The traced executions; the first after the profiler starts is left out, since it is slowed."""
+    with tempfile.TemporaryDirectory(prefix="moecast-trace-") as folder:
+        options = jax.profiler.ProfileOptions()
+        options.python_tracer_level = 0
+        jax.profiler.start_trace(folder, profiler_options=options)
+        try:
+            run.some(count + 1)
+        finally:
+            jax.profiler.stop_trace()
+        found = read_trace(trace_file(Path(folder)), "jit__step")[1:]
+    if len(found) != count:
+        raise WorkFailed(f"{name}: the trace has {len(found) + 1} steps where {count + 1} ran")
+    for one in found:
+        check_clocks(one, name)
+    return found
+
+
+def _trace_rows(
+    maker: _Rows, executions: tuple[Execution, ...], index: Program, program: CompiledProgram, name: str
+) -> list[Measurement]:
+    per_step: list[dict[int, dict[tuple[str, str], Share]]] = []
+    calls: list[Call] = []
+    windows: dict[int, list[float]] = defaultdict(list)
+    for one in executions:
+        check_program(one, index, name)
+        per_step.append(shares(one, index))
+        calls += collective_calls(one, index)
+        for device in one.devices:
+            begin, end = one.window_ns(device)
+            windows[device].append((end - begin) * 1e-9)
+    return [*maker.ops(per_step, program), *maker.windows(windows), *maker.collectives(calls)]
+
+
+class _Rows:
+    """Makes the rows of one job."""
+
+    def __init__(self, job: Job, chip: str, devices: int, part: str) -> None:
+        self.job, self.devices = job, devices
+        self.start = f"{job.name}{f'#{part}' if part else ''}"
+        self.common: dict[str, Any] = {
+            "source": "moecast measure", "date": today(), "chip": chip, "software": software(),
+            "dtype": job.training.precision, "devices": devices, "job_hash": job.hash,
+        }  # fmt: skip
+
+    def _timed(self, name: str, kind: str, seconds: Sequence[float], key: str, **more: Any) -> Measurement:
+        low, middle, high = (float(q) for q in np.quantile(seconds, (0.1, 0.5, 0.9)))
+        return Measurement(
+            id=f"{self.start}:{key}", kind=kind, name=name, seconds=middle, p10_s=low, p90_s=high,
+            samples=len(seconds), **self.common, **more,
+        )  # fmt: skip
+
+    def step(self, seconds: Sequence[float]) -> Measurement:
+        """The whole step, without the profiler."""
+        return self._timed("step", "step", seconds, "step", note=NOTE)
+
+    def memory(self, program: CompiledProgram) -> list[Measurement]:
+        """What the compiler says the step needs on a device, bytes."""
+        m = program.memory
+        if m is None:
+            return []
+        found = {"peak": m.peak_bytes, "arguments": m.argument_bytes, "allocated": m.allocated_bytes}
+        return [
+            Measurement(
+                id=f"{self.start}:memory.{name}", kind="memory", name=name, bytes=float(n), statistic="count",
+                note=m.peak_source if name == "peak" else "", **self.common,
+            )
+            for name, n in found.items()
+        ]  # fmt: skip
+
+    def ops(self, steps: list[dict[int, dict[tuple[str, str], Share]]], program: CompiledProgram) -> list[Measurement]:
+        """A row per device, scope and pass: seconds in a step, waiting for other devices included and noted."""
+        sent: dict[tuple[str, str], float] = defaultdict(float)
+        for c in program.collectives:
+            sent[c.scopes[0] if c.scopes else "unnamed", c.phase] += c.total_bytes
+        out = []
+        for device in sorted(steps[0]):
+            for scope, phase in sorted({key for step in steps for key in step.get(device, {})}):
+                found = [step[device][scope, phase] for step in steps if (scope, phase) in step.get(device, {})]
+                seconds = [s.seconds for s in found]
+                if min(seconds) <= 0:
+                    continue
+                waited = float(np.median([s.waited_s for s in found]))
+                out.append(
+                    self._timed(
+                        scope, "op", seconds, f"{scope}.{phase or 'all'}@{device}", phase=phase, device=device,
+                        calls=float(np.median([s.calls for s in found])),
+                        flops=float(program.flops.by_scope.get(scope, {}).get(phase, 0)) or None,
+                        bytes=sent.get((scope, phase)) or None,
+                        note=f"waited {waited:.9f} s of it for other devices" if waited else "",
+                    )
+                )  # fmt: skip
+        return out
+
+    def windows(self, windows: Mapping[int, Sequence[float]]) -> list[Measurement]:
+        """From the first instruction to the last of a traced step, per device."""
+        return [
+            self._timed("window", "op", w, f"window@{d}", device=d, note="traced: first instruction to last")
+            for d, w in sorted(windows.items())
+        ]
+
+    def collectives(self, calls: Sequence[Call]) -> list[Measurement]:
+        """A row per kind, group size and bytes: seconds of one call since the last of the group arrived."""
+        found: dict[tuple[str, int, int, int, str], list[float]] = defaultdict(list)
+        for call in calls:
+            c = call.collective
+            group = c.groups[0] if c.groups else tuple(range(self.devices))
+            stride = group[1] - group[0] if len(group) > 1 else 1
+            found[c.kind.replace("-", "_"), len(group), stride, c.bytes, c.dtype].append(call.seconds)
+        return [
+            self._timed(
+                kind, "collective", seconds, f"{kind}.{size}x{stride}.{size_bytes}.{dtype}", bytes=float(size_bytes),
+                group_size=size, stride=max(1, stride), note="in a step, from the arrival of the last",
+            )
+            for (kind, size, stride, size_bytes, dtype), seconds in sorted(found.items())
+            if size > 1
+        ]  # fmt: skip

@@ -1,0 +1,100 @@
+"""Times what all devices do at once: a jitted program that repeats one thing until its launch is drowned.
+
+Every benchmark runs on all devices at the same time, as a training step does: what shares cores or memory shows.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from simulator.results.measurement import Measurement
+from trainer.measure import software, today
+
+Array = Any
+Say = Callable[[str], None]
+Body = Callable[[Array], Array]
+MOST_REPEATS = 20_000
+
+
+@dataclass(frozen=True)
+class Timer:
+    """A mesh of all devices, the chip they are of, and the seconds that all samples of one timing may take."""
+
+    mesh: Any
+    chip: str
+    budget_s: float
+    samples: int = 7
+
+    @classmethod
+    def of(cls, devices: Sequence[Any], chip: str, budget_s: float) -> Timer:
+        """All devices in one group."""
+        return cls(_mesh(devices, len(devices), 1), chip, budget_s)
+
+    def grouped(self, size: int, stride: int) -> Timer:
+        """The same devices, in groups of `size` that are `stride` apart (the mesh's axis `group`)."""
+        return Timer(_mesh(self.mesh.devices.ravel(), size, stride), self.chip, self.budget_s, self.samples)
+
+    @property
+    def count(self) -> int:
+        """How many devices there are."""
+        return int(self.mesh.size)
+
+    def ones(self, shape: Sequence[int], dtype: Any) -> Array:
+        """Ones, a part of `shape` on every device, joined along the first dimension."""
+        whole = (shape[0] * self.count, *shape[1:])
+        return jax.jit(lambda: jnp.ones(whole, dtype), out_shardings=NamedSharding(self.mesh, self._spec))()
+
+    def seconds(self, body: Body, x: Array) -> list[float]:
+        """Seconds of one `body` (from a device's part of `x` to the like) in each sample.
+
+        The data passes from one repeat to the next, so that XLA can leave none out.
+        """
+        few = self.program(body, 4)
+        jax.block_until_ready(few(x))
+        each = min(timed(few, x) for _ in range(3)) / 4
+        repeats = int(np.clip(self.budget_s / self.samples / max(each, 1e-7), 4, MOST_REPEATS))
+        many = self.program(body, repeats)
+        jax.block_until_ready(many(x))
+        return [timed(many, x) / repeats for _ in range(self.samples)]
+
+    def program(self, body: Body, repeats: int) -> Any:
+        """`body`, `repeats` times on every device."""
+
+        def run(x: Array) -> Array:
+            return lax.fori_loop(0, repeats, lambda _, y: body(y), x)
+
+        return jax.jit(jax.shard_map(run, mesh=self.mesh, in_specs=self._spec, out_specs=self._spec, check_vma=False))
+
+    def row(self, kind: str, name: str, seconds: Sequence[float], key: str, **more: Any) -> Measurement:
+        """A row of the table."""
+        low, middle, high = (float(q) for q in np.quantile(seconds, (0.1, 0.5, 0.9)))
+        return Measurement(
+            id=f"bench:{self.count}:{key}", source="moecast bench", date=today(), chip=self.chip,
+            software=software(), kind=kind, name=name, seconds=middle, p10_s=low, p90_s=high,
+            samples=len(seconds), devices=self.count, **more,
+        )  # fmt: skip
+
+    @property
+    def _spec(self) -> PartitionSpec:
+        return PartitionSpec(self.mesh.axis_names)
+
+
+def _mesh(devices: Sequence[Any], size: int, stride: int) -> Any:
+    parts = np.array(devices).reshape(-1, size, stride)
+    return Mesh(parts, ("outer", "group", "inner"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
+
+
+def timed(run: Any, *arguments: Any) -> float:
+    """Seconds of one call, waited for."""
+    begun = time.perf_counter()
+    jax.block_until_ready(run(*arguments))
+    return time.perf_counter() - begun
