@@ -8,9 +8,15 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections import Counter
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from trainer.targets import child_environment, parse_target
+
+if TYPE_CHECKING:
+    from simulator.results.forecast import Forecast
+    from trainer.hlo import CompiledProgram
 
 SMALL = Path(__file__).parents[1] / "examples" / "small"
 # Every mechanism once: job, changes.
@@ -54,9 +60,25 @@ def main() -> None:
         job = load_job(SMALL / f"{file}.yaml", changes)
         program, _ = compile_step(job, resolve(job, resolve_cluster(job.cluster)), target)
         answer = forecast(as_our_program(job, "cpu"), engine="closed-form")
-        out[name] = compare(answer, program).to_dict()
+        out[name] = compare(answer, program).to_dict() | {"calls": [calls_forecast(answer), calls_compiled(program)]}
         sys.stderr.write(f"{name}\n")
     sys.stdout.write(json.dumps(out) + "\n")
+
+
+def calls_forecast(answer: Forecast) -> dict[str, float]:
+    """Calls of a step by kind of collective."""
+    found: Counter[str] = Counter()
+    for c in answer.collectives:
+        found[c.kind] += c.count
+    return dict(found)
+
+
+def calls_compiled(program: CompiledProgram) -> dict[str, float]:
+    """The same of the compiled program."""
+    found: Counter[str] = Counter()
+    for c in program.collectives:
+        found[c.kind.replace("-", "_").replace("collective_permute", "permute")] += c.count
+    return dict(found)
 
 
 if __name__ == "__main__":

@@ -50,6 +50,14 @@ def test_the_forecast_is_what_the_compiler_makes(name: str, compiled: dict[str, 
     assert scored and all(abs(r["error"]) < 0.05 for r in scored)
 
 
+@pytest.mark.parametrize("name", JOBS)
+def test_the_forecast_counts_the_calls(name: str, compiled: dict[str, Any]) -> None:
+    """XLA:CPU merges nothing but all-reduces; those of sums that no forecast has are left out."""
+    ours, theirs = compiled[name]["calls"]
+    kinds = {"all_gather", "reduce_scatter", "all_to_all"} & (set(ours) | set(theirs))
+    assert {k: ours.get(k) for k in kinds} == {k: theirs.get(k) for k in kinds}
+
+
 def test_an_op_that_differs_is_named() -> None:
     row = Row("executed FLOPs", 110.0, 100.0, "FLOPs", 0.01)
     assert row.error == pytest.approx(0.1) and not row.holds

@@ -129,7 +129,8 @@ class _Stage:
         expert = sum(n * t.piece.expert_parameters for t, n in both)
         layers = max(1, sum(n for t, n in both if t.piece.is_layer))
         summed = sum(n * t.piece.dense_parameters for t, n in both if t.piece.is_reduced)
-        reductions = self.costs.reductions(summed, expert)
+        calls = self.costs.calls((t.piece, n) for t, n in both)
+        reductions = self.costs.reductions(summed, expert, calls)
         each = sum(c.seconds for c in reductions) if self.costs.every_microbatch else 0.0
         f = bi = bw = forward_wait = backward_wait = room_f = room_b = beside_f = beside_b = 0.0
         for t, n in pieces:
@@ -170,7 +171,7 @@ class _Stage:
         out.tail_s = (
             update
             + self._once(out, once, room_b, overlap.gradients, layers)
-            + self._once(out, self.costs.new_weights(dense, expert), room_f, overlap.parameters, layers)
+            + self._once(out, self.costs.new_weights(dense, expert, calls), room_f, overlap.parameters, layers)
         )
         return out
 
@@ -242,17 +243,17 @@ class _Stage:
         passes = 2 if t.piece.is_layer else 1
         # XLA takes the gather of the output table, the same for every microbatch, out of our trainer's loop over them.
         often = 1 if self.habits.own and not t.piece.is_layer else self.degrees.microbatches
-        for axis, size, parameters in (
-            ("replica", self.shards.dense, t.piece.dense_parameters),
-            ("expert_data", self.shards.expert, t.piece.expert_parameters),
+        for axis, size, parameters, parts in (
+            ("replica", self.shards.dense, t.piece.dense_parameters, t.piece.dense_calls),
+            ("expert_data", self.shards.expert, t.piece.expert_parameters, t.piece.expert_calls),
         ):
             if size > 1 and parameters:
                 bytes_ = parameters * self.habits.gather_bytes
                 rate = self.timer.rate_of("all_gather", size, axis)
-                one = rate.seconds(bytes_)
+                one = parts * rate.seconds(bytes_ / parts)
                 seconds = seconds + one * often / self.degrees.microbatches
                 scope = f"{name}.{'experts' if axis == 'expert_data' else 'parameters'}.all_gather"
-                comm = CommTime(scope, "all_gather", size, bytes_, 1.0, passes - 1.0, one, rate.level)
+                comm = CommTime(scope, "all_gather", size, bytes_, 1.0, passes - 1.0, one, rate.level, parts=parts)
                 hidden = self._hide(one * passes, t.compute_s, self.job.software.overlap.parameters)
                 out.comms.append((comm, n * often * passes, hidden / maximum(one * passes, 1e-30)))
         return seconds, seconds if passes == 2 else 0.0

@@ -39,6 +39,7 @@ class OpTime:
 class CommTime:
     """One collective: group, bytes per call, calls of one microbatch, seconds a call.
 
+    A call may be of `parts`, one after the other, that share its bytes and whose seconds it has.
     `hot_s` is what a load of twice the mean on the busiest rank adds to a call.
     """
 
@@ -54,6 +55,7 @@ class CommTime:
     between: float = 1.0
     hot_s: Number = 0.0
     to_experts: tuple[bool, bool] = (True, True)
+    parts: float = 1.0
 
 
 @dataclass(slots=True)

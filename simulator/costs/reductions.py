@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from hw_profiles.cluster import Cluster
 from simulator.costs.piece_times import CommTime, Timer
 from simulator.job.job import Job
@@ -10,6 +12,7 @@ from simulator.kernels.roofline import Kernels
 from simulator.numbers import Number
 from simulator.workload.habits import Habits
 from simulator.workload.memory import Shards
+from simulator.workload.stages import Piece
 
 
 class StateCosts:
@@ -22,34 +25,51 @@ class StateCosts:
         self.kernels, self.timer = kernels, timer
         self.shards = Shards.of(degrees)
 
-    def _comm(self, scope: str, kind: str, size: int, axis: str, bytes_: Number, apart: int = 1) -> CommTime:
+    def _comm(
+        self, scope: str, kind: str, size: int, axis: str, bytes_: Number, apart: int = 1, parts: float = 1.0
+    ) -> CommTime:
         rate = self.timer.rate_of(kind, size, axis, apart)
         stride = self.degrees.strides[axis] * apart
-        return CommTime(scope, kind, size, bytes_, 0, 1, rate.seconds(bytes_), rate.level, stride)
+        seconds = parts * rate.seconds(bytes_ / parts)
+        return CommTime(scope, kind, size, bytes_, 0, 1, seconds, rate.level, stride, parts=parts)
 
-    def reductions(self, dense: Number, expert: Number) -> list[CommTime]:
-        """The collectives that reduce a stage's gradients once.
+    def calls(self, pieces: Iterable[tuple[Piece, int]]) -> tuple[float, float]:
+        """Calls that reduce (or gather, ZeRO 1) a stage's dense and expert weights; `pieces` with their counts.
+
+        FSDP reduces layer by layer; otherwise the layers of a kind lie in one array of each name.
+        """
+        if not self.habits.each_array:
+            return 1.0, 1.0
+        each = self.job.plan.shard == "parameters"
+        there = [(p, n if each else 1) for p, n in pieces if n]
+        dense = sum(n * p.dense_calls for p, n in there if p.is_reduced)
+        return max(1.0, dense), max(1.0, sum(n * p.expert_calls for p, n in there if p.expert_parameters))
+
+    def reductions(self, dense: Number, expert: Number, calls: tuple[float, float] = (1.0, 1.0)) -> list[CommTime]:
+        """The collectives that reduce a stage's gradients once; `calls` see `calls`.
 
         ZeRO 2 and 3 reduce-scatter within the shard group and all-reduce between its replicas; ZeRO 1 reduce-scatters
         over all replicas; otherwise an all-reduce.
         """
         d, zero = self.degrees, self.job.plan.shard
         out = []
-        for axis, size, shard, parameters, what in (
-            ("replica", d.data * d.context, self.shards.dense, dense, "gradients"),
-            ("expert_data", d.expert_data, self.shards.expert, expert, "experts.gradients"),
+        for axis, size, shard, parameters, what, parts in (
+            ("replica", d.data * d.context, self.shards.dense, dense, "gradients", calls[0]),
+            ("expert_data", d.expert_data, self.shards.expert, expert, "experts.gradients", calls[1]),
         ):
             bytes_ = parameters * self.habits.reduction_bytes
             if size <= 1 or not parameters:
                 continue
             if zero in ("gradients", "parameters") and shard > 1 and not self._reduces_whole(shard):
-                out.append(self._comm(f"{what}.reduce_scatter", "reduce_scatter", shard, axis, bytes_))
+                scatter = self._comm(f"{what}.reduce_scatter", "reduce_scatter", shard, axis, bytes_, parts=parts)
+                out.append(scatter)
                 if size > shard:
                     out.append(
                         self._comm(f"{what}.all_reduce", "all_reduce", size // shard, axis, bytes_ / shard, shard)
                     )
             elif zero == "optimizer":
-                out.append(self._comm(f"{what}.reduce_scatter", "reduce_scatter", size, axis, bytes_))
+                scatter = self._comm(f"{what}.reduce_scatter", "reduce_scatter", size, axis, bytes_, parts=parts)
+                out.append(scatter)
             else:
                 out.append(self._comm(f"{what}.all_reduce", "all_reduce", size, axis, bytes_))
         return out
@@ -64,17 +84,17 @@ class StateCosts:
         """Whether gradients are reduced after every microbatch (ZeRO 2 and 3) and not once a step."""
         return self.job.plan.shard in ("gradients", "parameters") and self.degrees.microbatches > 1
 
-    def new_weights(self, dense: Number, expert: Number) -> list[CommTime]:
-        """ZeRO 1's gather of the updated weights, which the next forward pass needs."""
+    def new_weights(self, dense: Number, expert: Number, calls: tuple[float, float] = (1.0, 1.0)) -> list[CommTime]:
+        """ZeRO 1's gather of the updated weights, which the next forward pass needs; `calls` see `calls`."""
         out = []
         if self.job.plan.shard == "optimizer":
-            for axis, size, parameters, what in (
-                ("replica", self.shards.dense, dense, "parameters"),
-                ("expert_data", self.shards.expert, expert, "experts.parameters"),
+            for axis, size, parameters, what, parts in (
+                ("replica", self.shards.dense, dense, "parameters", calls[0]),
+                ("expert_data", self.shards.expert, expert, "experts.parameters", calls[1]),
             ):
                 if size > 1 and parameters:
                     bytes_ = parameters * self.habits.new_weight_bytes
-                    out.append(self._comm(f"{what}.all_gather", "all_gather", size, axis, bytes_))
+                    out.append(self._comm(f"{what}.all_gather", "all_gather", size, axis, bytes_, parts=parts))
         return out
 
     def update_s(self, dense: Number, expert: Number) -> Number:

@@ -123,17 +123,18 @@ class WorkBuilder:
         layers = max(1, sum(c.layers for c in chunks))
         overlap = self.job.software.overlap
         summed = sum(p.dense_parameters * n for p, n in pairs if p.is_reduced)
-        reductions = [_whole(c, "gradients", overlap.gradients) for c in self.costs.reductions(summed, expert)]
+        calls = self.costs.calls(pairs)
+        reductions = [_whole(c, "gradients", overlap.gradients) for c in self.costs.reductions(summed, expert, calls)]
         if self.costs.every_microbatch:
             for chunk in chunks:
                 share = chunk.layers / layers
                 for t in reductions:
-                    chunk.input.add(replace(t, bytes=t.bytes * share, calls=share))
+                    chunk.input.add(replace(t, bytes=t.bytes * share, calls=t.calls * share))
             reductions = []
         return DeviceWork(
             chunks=chunks,
             reductions=reductions,
-            gathers=[_whole(c, "parameters", overlap.parameters) for c in self.costs.new_weights(dense, expert)],
+            gathers=[_whole(c, "parameters", overlap.parameters) for c in self.costs.new_weights(dense, expert, calls)],
             update_s=self.costs.update_s(dense, expert),
             buckets=layers,
         )
@@ -185,21 +186,21 @@ class WorkBuilder:
         if self.job.plan.shard != "parameters" or not t.piece.is_gathered:
             return
         beside = self.job.software.overlap.parameters
-        for axis, size, parameters in (
-            ("replica", self.shards.dense, t.piece.dense_parameters),
-            ("expert_data", self.shards.expert, t.piece.expert_parameters),
+        for axis, size, parameters, parts in (
+            ("replica", self.shards.dense, t.piece.dense_parameters, t.piece.dense_calls),
+            ("expert_data", self.shards.expert, t.piece.expert_parameters, t.piece.expert_calls),
         ):
             if size > 1 and parameters:
                 # As in the closed form: our trainer gathers the output table once for all microbatches.
                 once = self.habits.own and not t.piece.is_layer
-                bytes_ = float(n * parameters * self.habits.gather_bytes) / (self.degrees.microbatches if once else 1)
-                new = Transfer(
-                    "parameters", "all_gather", size, self.degrees.strides[axis], bytes_, n, overlapped=beside
-                )
+                share = 1 / self.degrees.microbatches if once else 1.0
+                bytes_ = float(n * parameters * self.habits.gather_bytes) * share
+                stride = self.degrees.strides[axis]
+                new = Transfer("parameters", "all_gather", size, stride, bytes_, n * parts * share, overlapped=beside)
                 forward.add(new)
                 if t.piece.is_layer:
                     inputs.add(new)
 
 
 def _whole(c: CommTime, name: str, beside: bool) -> Transfer:
-    return Transfer(name, c.kind, c.size, c.stride, float(c.bytes), overlapped=beside)
+    return Transfer(name, c.kind, c.size, c.stride, float(c.bytes), c.parts, overlapped=beside)

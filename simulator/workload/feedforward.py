@@ -214,20 +214,20 @@ def moe_work(
     transport = job.training.dispatch.transport
     hot = slots is None
     payload = sent * row_bytes
-    there = payload + (sent * width if habits.own else 0.0)
     # FP8 recipes dispatch in 8 bits and combine in 16 (DeepSeek-V3, arXiv:2412.19437 section 3.2.2).
     dispatch_payload = (
-        payload / 2 if job.training.precision == "fp8-blockwise" and transport in ("deepep", "hybridep") else there
+        payload / 2 if job.training.precision == "fp8-blockwise" and transport in ("deepep", "hybridep") else payload
     )
-    work.comms.append(
-        Comm(f"{prefix}.dispatch_all_to_all", "all_to_all", "expert", dispatch_payload, 1, 0, 1, hot, transport)
-    )
-    work.comms.append(
-        Comm(
-            f"{prefix}.dispatch_all_to_all_backward", "all_to_all", "expert", there, 0, 1, 0, hot, transport,
-            (False, False),
-        )
-    )  # fmt: skip
+    # Our trainer's gates travel beside their tokens, in a call of their own.
+    arrays = [(dispatch_payload, payload), *([(sent * width, sent * width)] if habits.own else [])]
+    for out, back in arrays:
+        work.comms.append(Comm(f"{prefix}.dispatch_all_to_all", "all_to_all", "expert", out, 1, 0, 1, hot, transport))
+        work.comms.append(
+            Comm(
+                f"{prefix}.dispatch_all_to_all_backward", "all_to_all", "expert", back, 0, 1, 0, hot, transport,
+                (False, False),
+            )
+        )  # fmt: skip
     if habits.own:
         whole = routed_tokens * row_bytes
         work.comms.append(Comm(f"{prefix}.expert_tensor_gather", "sum", "expert_tensor", whole, 1, 1))

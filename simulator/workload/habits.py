@@ -36,7 +36,8 @@ class Habits:
     that the backward pass does not need (torch checkpoints do, XLA removes them). `gate_after_down`: gates multiply the
     experts' results, not their last product's input. `own`: our trainer's program (trainer/), in which gates travel
     with their tokens, FSDP exchanges what was looked up and not the input table, ranks that slice an expert add up at
-    home, and tensor ranks that split tokens gather them again.
+    home, and tensor ranks that split tokens gather them again. `each_array`: every array of weights is gathered, and
+    its gradient scattered, by a call of its own; all-reduces are merged (XLA:CPU).
     """
 
     xla: bool
@@ -46,6 +47,7 @@ class Habits:
     recompute_dead: bool
     gate_after_down: bool
     own: bool
+    each_array: bool
     matmul_dtype: str
     attention_dtype: str
     activation_bytes: int
@@ -116,6 +118,7 @@ def habits_of(job: Job, chip_kind: str, *, accumulates: bool = False) -> Habits:
         recompute_dead=not xla,
         gate_after_down=stack not in ("megatron", "moecast"),
         own=own,
+        each_array=own and chip_kind == "cpu",
         matmul_dtype=MATMUL_DTYPE[precision],
         attention_dtype="fp32" if precision == "fp32" else "bf16",
         activation_bytes=activation,

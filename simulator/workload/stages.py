@@ -20,6 +20,7 @@ from simulator.workload.habits import Habits
 from simulator.workload.ops import Comm, LayerWork, product, stream
 from simulator.workload.parameters import layer_parameters, norm_parameters
 from simulator.workload.routing import Slots
+from simulator.workload.tensors import layer_tensors, norm_tensors
 
 
 @dataclass(slots=True)
@@ -27,6 +28,7 @@ class Piece:
     """One kind of work: its ops for a microbatch on a device, and the parameters that device holds before sharding.
 
     `is_gathered`, `is_reduced`: whether FSDP gathers its weights whole, and sums its gradients over the shard ranks.
+    `dense_calls`, `expert_calls`: by how many calls it does either.
     """
 
     name: str
@@ -40,6 +42,8 @@ class Piece:
     largest_matrix: Number = 0.0
     is_gathered: bool = True
     is_reduced: bool = True
+    dense_calls: int = 1
+    expert_calls: int = 1
 
 
 @dataclass(slots=True)
@@ -142,6 +146,8 @@ class _Builder:
             if a is not None and a.mla is None and a.kv % d.tensor:
                 copied += 2 * h * a.kv * a.head_dim
             work.comms.append(Comm(f"{prefix}.attention.norm", "all_reduce", "tensor", 4 * copied * split, 0, 1))
+        if habits.each_array:
+            piece.dense_calls, piece.expert_calls = layer_tensors(layer, model)
         piece.largest_matrix = h * max([*widths, h / d.tensor])
         return piece
 
@@ -218,7 +224,10 @@ class _Builder:
             # Largest logit, sum of exponentials and the target's logit of every token, joined in fp32.
             work.comms.append(Comm("logits.loss", "all_reduce", "tensor", 3 * 4 * tokens, 1, 0))
         table = 0.0 if tied else m.vocab * h / self.degrees.tensor
-        return Piece("logits", work, table + norm_parameters(m), 0.0, is_layer=False)
+        piece = Piece("logits", work, table + norm_parameters(m), 0.0, is_layer=False)
+        if habits.each_array:
+            piece.dense_calls = norm_tensors(m) + (0 if tied else 1)
+        return piece
 
     def mtp(self, length: int) -> Piece:
         """One multi-token prediction module: projection 2D -> D, a decoder layer, and the shared head once more."""
