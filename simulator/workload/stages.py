@@ -13,7 +13,7 @@ from simulator.job.job import Job, RematPolicy
 from simulator.job.layout import Chunk
 from simulator.job.model import Layer, Model, Moe
 from simulator.job.rules import Degrees
-from simulator.numbers import Number
+from simulator.numbers import Number, largest, minimum, where
 from simulator.workload.attention import attention_work, lstm_work
 from simulator.workload.feedforward import ffn_work, moe_work, slots_of
 from simulator.workload.habits import Habits
@@ -52,6 +52,12 @@ class Workload:
     pieces: list[Piece]
     counts: list[list[int]] = field(default_factory=list)
     chunk_counts: list[list[list[int]]] = field(default_factory=list)
+
+    def held_counts(self, stage: int, schedule: str) -> tuple[tuple[int, ...], ...]:
+        """How many of each piece `stage` holds; under DualPipe also those of its mirrored twin."""
+        own = tuple(self.counts[stage])
+        mirrored = schedule == "dualpipe" and len(self.counts) > 1
+        return (own, tuple(self.counts[-1 - stage])) if mirrored else (own,)
 
 
 def recompute_names(job: Job) -> set[str] | None:
@@ -130,7 +136,7 @@ class _Builder:
         p = layer_parameters(layer, model)
         split = (p.mixer + p.cross_attention + p.ffn + p.shared) / d.tensor + p.router + p.norms
         piece = Piece(name, work, split, p.routed / (d.expert * d.expert_tensor))
-        widths = [layer.ffn.hidden / d.tensor] if layer.ffn else []
+        widths: list[Number] = [layer.ffn.hidden / d.tensor] if layer.ffn else []
         if layer.moe is not None:
             self._moe(piece, prefix, layer, length, tokens, stream_tokens)
             widths.append(layer.moe.expert.hidden * layer.moe.experts / (d.expert * d.expert_tensor))
@@ -139,17 +145,17 @@ class _Builder:
             copied = p.norms + p.router if self.job.plan.sequence_parallel else p.router
             split = self.job.plan.sequence_parallel or d.expert_tensor < d.tensor
             a = layer.attention
-            if a is not None and a.mla is None and a.kv % d.tensor:
-                copied += 2 * h * a.kv * a.head_dim
+            if a is not None and a.mla is None:
+                copied = copied + where(a.kv % d.tensor != 0, 2 * h * a.kv * a.head_dim, 0)
             work.comms.append(Comm(f"{prefix}.attention.norm", "all_reduce", "tensor", 4 * copied * split, 0, 1))
-        piece.largest_matrix = h * max([*widths, h / d.tensor])
+        piece.largest_matrix = h * largest([*widths, h / d.tensor])
         return piece
 
     def _moe(self, piece: Piece, prefix: str, layer: Layer, length: int, tokens: Number, stream_tokens: Number) -> None:
         d, moe = self.degrees, layer.moe
         assert moe is not None
         # Tensor ranks that do not split the experts' hidden size split the tokens instead (Megatron's folding).
-        token_split = d.tensor if self.job.plan.sequence_parallel else d.tensor / min(d.tensor, d.expert_tensor)
+        token_split = d.tensor if self.job.plan.sequence_parallel else d.tensor / minimum(d.tensor, d.expert_tensor)
         routed = tokens / token_split
         whole = self.sequences * length * d.data
         arriving = whole * moe.top_k / (d.expert * d.expert_data)
