@@ -87,7 +87,8 @@ def closed_form(
     hop = hop_s(timer, degrees, workload)
     pipeline = pipeline_s(job, degrees, stages, times, workload, hop)
     launched = launched_s(job, cluster, degrees, habits, stages)
-    free, step = (end + after_s(job, degrees, stages) for end in (pipeline, maximum(pipeline, launched)))
+    after = after_s(job, degrees, list(enumerate(stages)))
+    free, step = pipeline + after, maximum(pipeline, launched) + after
     once = cluster.chip.host_step_overhead_us.value * 1e-6
     host = once + step - free
     step = step + once
@@ -132,29 +133,26 @@ def pipeline_s(
     hop: Number,
 ) -> Number:
     """Seconds from the first forward to the end of the last backward."""
-    virtual = job.plan.virtual_stages
+    virtual = degrees.virtual_stages
     each = [s.times for s in stages if s.times is not None] if virtual == 1 else _chunk_times(stages, times, workload)
     return pipeline_time(job.plan.schedule, each, degrees.microbatches, virtual, hop)
 
 
-def _ahead_s(job: Job, degrees: Degrees, stage: StageResult, p: int) -> Number:
+def _ahead_s(job: Job, degrees: Degrees, stage: StageResult, p: Number) -> Number:
     """How long before stage 0 stage `p` ends its last backward pass: p backward passes."""
     schedule = job.plan.schedule
-    if schedule == "zb-h1" or (schedule == "dualpipe" and degrees.pipeline > 1):
+    if schedule == "zb-h1" or (schedule == "dualpipe" and degrees.pipelined):
         return 0.0
     assert stage.times is not None
-    return p * (stage.times.backward_input + stage.times.backward_weight) / job.plan.virtual_stages
+    return p * (stage.times.backward_input + stage.times.backward_weight) / degrees.virtual_stages
 
 
-def after_s(job: Job, degrees: Degrees, stages: Sequence[StageResult]) -> Number:
+def after_s(job: Job, degrees: Degrees, stages: Sequence[tuple[Number, StageResult]]) -> Number:
     """Seconds between the end of the pipeline and the end of the step: what no stage's slack hides.
 
-    Of equal stages the first has the least slack, and only it is looked at.
+    Of equal stages the first has the least slack: the others may be left out of `stages`, (index, stage).
     """
-    firsts: dict[int, int] = {}
-    for p, s in enumerate(stages):
-        firsts.setdefault(id(s), p)
-    return maximum(largest([stages[p].tail_s - _ahead_s(job, degrees, stages[p], p) for p in firsts.values()]), 0.0)
+    return maximum(largest([s.tail_s - _ahead_s(job, degrees, s, p) for p, s in stages]), 0.0)
 
 
 def launched_s(
@@ -164,7 +162,7 @@ def launched_s(
 
     Hosts wait for nobody: a stage ends no sooner than its kernels are launched, and the stages before it follow.
     """
-    dual = job.plan.schedule == "dualpipe" and degrees.pipeline > 1
+    dual = job.plan.schedule == "dualpipe" and degrees.pipelined
     each = launch_s(job, cluster.chip, habits)
     out: Number = 0.0
     quiet: dict[tuple[int, ...], bool] = {}
@@ -202,7 +200,7 @@ def _chunk_times(
 
 def hop_s(timer: Timer, degrees: Degrees, workload: Workload) -> Number:
     """Seconds that a microbatch takes from one stage to the next."""
-    if degrees.pipeline == 1:
+    if not degrees.pipelined:
         return 0.0
     _, rate = timer.rate("pipeline", "permute")
     return rate.seconds(largest([p.work.boundary_bytes for p in workload.pieces if p.is_layer]))

@@ -107,7 +107,7 @@ def launch_bound(schedule: str, p: int, degrees: Degrees, copies: Sequence[Stage
         launches += (each_s * k for k in kernels)
     chosen = schedule if degrees.pipeline > 1 else "1f1b"
     where_ = (chosen, p, degrees.pipeline)
-    virtual = len(degrees.chunks[0])
+    virtual = degrees.virtual_stages
     if isinstance(waits, bool):
         return _longest(turns_of(*where_, degrees.microbatches, virtual), seconds, launches, each_s, *where_)
     import numpy as np

@@ -40,7 +40,7 @@ class StageResult:
     kernels: tuple[Number, Number, Number] = (0.0, 0.0, 0.0)
     dense_parameters: Number = 0.0
     expert_parameters: Number = 0.0
-    layers: int = 1
+    layers: Number = 1
     summed_parameters: Number = 0.0
     room_forward_s: Number = 0.0
     room_backward_s: Number = 0.0
@@ -76,7 +76,7 @@ class StageFormula:
         self.job, self.degrees, self.habits, self.timer = job, degrees, habits, timer
         self.detail = timer.detail
         self.costs = StateCosts(job, cluster, degrees, habits, kernels, timer)
-        self.dual = job.plan.schedule == "dualpipe" and degrees.pipeline > 1
+        self.dual = job.plan.schedule == "dualpipe" and degrees.pipelined
         self.slow = cluster.chip.overlap_slowdown.value - 1
         self.shards = Shards.of(degrees)
 
@@ -98,7 +98,7 @@ class StageFormula:
         both = (*pieces, *mirrored)
         dense = sum(n * t.piece.dense_parameters for t, n in both)
         expert = sum(n * t.piece.expert_parameters for t, n in both)
-        layers = max(1, sum(n for t, n in both if t.piece.is_layer))
+        layers = maximum(1, sum(n for t, n in both if t.piece.is_layer))
         summed = sum(n * t.piece.dense_parameters for t, n in both if t.piece.is_reduced)
         out.dense_parameters, out.expert_parameters, out.layers = dense, expert, layers
         out.summed_parameters = summed
@@ -165,7 +165,7 @@ class StageFormula:
         overlap, micro = self.job.software.overlap, self.degrees.microbatches
         forward = t.forward_s
         weight = t.backward_weight_s
-        split = self.job.plan.schedule == "zb-h1" and self.degrees.pipeline > 1
+        split = self.job.plan.schedule == "zb-h1" and self.degrees.pipelined
         backward = t.backward_input_s + (0.0 if split else weight)
         a2a = t.forward_all_to_all_s, t.backward_all_to_all_s
         beside = tuple(x if overlap.all_to_all else 0.0 for x in a2a)

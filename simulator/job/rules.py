@@ -10,8 +10,8 @@ from hw_profiles.cluster import Cluster
 from hw_profiles.errors import QuestionError
 from simulator.job.job import Capacity, Job, Placement
 from simulator.job.layout import Chunk, lay_out
-from simulator.job.model import Moe
-from simulator.numbers import Number, maximum, minimum, where
+from simulator.job.model import Model, Moe
+from simulator.numbers import Number, maximum, minimum, some, where
 
 # Far beyond any model, and few enough that loops over layers or experts end while somebody waits.
 MOST_LAYERS, MOST_EXPERTS, DEEPEST_FFN = 10_000, 262_144, 100
@@ -21,7 +21,7 @@ MOST_LAYERS, MOST_EXPERTS, DEEPEST_FFN = 10_000, 262_144, 100
 class Degrees:
     """The plan with every default filled in. All counts are JAX devices, sequences or microbatches.
 
-    Of one plan; or of many that share pipeline, layout and chunks, the other numbers in columns.
+    Of one plan; or of many, the numbers in columns, whose chunks are counted elsewhere.
     """
 
     data: int
@@ -37,6 +37,12 @@ class Degrees:
     layout: str
     chunks: tuple[tuple[Chunk, ...], ...]
     strides: dict[str, int]
+    virtual_stages: int
+
+    @property
+    def pipelined(self) -> bool:
+        """Whether there is more than one stage; rows of columns agree on it."""
+        return some(self.pipeline > 1)
 
     @property
     def devices(self) -> int:
@@ -161,7 +167,7 @@ def _check_batch(job: Job, p: Any, data: Number, refuse: Refusal) -> tuple[Numbe
     need(batch.sequences % data == 0, "batch.sequences", batch.sequences, rule, data)
     per_rank = maximum(batch.sequences // data, 1)
     asked = p.microbatch_sequences or 0 if _is_plain(p.microbatch_sequences) else p.microbatch_sequences
-    micro = where(asked > 0, asked, per_rank if p.pipeline == 1 else 1)
+    micro = where(asked > 0, asked, where(p.pipeline == 1, per_rank, 1))
     field = "plan.microbatch_sequences"
     need(per_rank % micro == 0, field, micro, "must divide the {} sequences of a data rank", per_rank)
     return micro, maximum(per_rank // micro, 1)
@@ -173,29 +179,31 @@ def _is_plain(number: object) -> bool:
 
 def _check_schedule(job: Job, p: Any, microbatches: Number, refuse: Refusal) -> None:
     need, layers = refuse.need, len(job.model.encoder_layers) + len(job.model.decoder_layers)
-    if p.virtual_stages > 1:
-        field, virtual = "plan.virtual_stages", p.virtual_stages
-        need(p.schedule == "interleaved", field, virtual, "needs schedule interleaved, not {}", p.schedule)
-        need(p.pipeline > 1, field, virtual, "needs pipeline > 1")
+    field, virtual = "plan.virtual_stages", p.virtual_stages
+    rule = "needs schedule interleaved, not {}"
+    need((virtual == 1) | (p.schedule == "interleaved"), field, virtual, rule, p.schedule)
+    need((virtual == 1) | (p.pipeline > 1), field, virtual, "needs pipeline > 1")
     rule = "x virtual_stages {} exceeds the {} layers of {} and its two ends"
     fits = p.pipeline * p.virtual_stages <= layers + 2
     need(fits, "plan.pipeline", p.pipeline, rule, p.virtual_stages, layers, job.model.name)
-    if p.virtual_stages > 1:
-        rule = "needs microbatches ({}) to be a multiple of pipeline {}"
-        whole = microbatches % p.pipeline == 0
-        need(whole, "plan.schedule", "interleaved", rule, microbatches, p.pipeline)
-    if p.schedule == "dualpipe" and p.pipeline > 1:
-        need(p.pipeline % 2 == 0, "plan.pipeline", p.pipeline, "dualpipe needs an even number of stages")
+    rule = "needs microbatches ({}) to be a multiple of pipeline {}"
+    whole = (virtual == 1) | (microbatches % p.pipeline == 0)
+    need(whole, "plan.schedule", "interleaved", rule, microbatches, p.pipeline)
+    if p.schedule == "dualpipe":
+        even = (p.pipeline == 1) | (p.pipeline % 2 == 0)
+        need(even, "plan.pipeline", p.pipeline, "dualpipe needs an even number of stages")
         rule = "needs an even number of microbatches, at least 2 x pipeline; there are {}"
-        enough = (microbatches % 2 == 0) & (microbatches >= 2 * p.pipeline)
+        enough = (p.pipeline == 1) | (microbatches % 2 == 0) & (microbatches >= 2 * p.pipeline)
         need(enough, "plan.schedule", "dualpipe", rule, microbatches)
 
 
-def _chunks(job: Job, p: Any) -> tuple[tuple[Chunk, ...], ...]:
+def chunks_of(
+    model: Model, stages: tuple[int, ...] | str | None, pipeline: int, virtual: int
+) -> tuple[tuple[Chunk, ...], ...]:
     """Chunks of each stage: stage s runs chunks s, s + P, s + 2P, ...; under DualPipe also those of stage P - 1 - s."""
-    layers = len(job.model.encoder_layers) + len(job.model.decoder_layers)
-    flat = lay_out(p.stages, layers, job.model.mtp_layers, p.pipeline * p.virtual_stages)
-    return tuple(flat[s :: p.pipeline] for s in range(p.pipeline))
+    layers = len(model.encoder_layers) + len(model.decoder_layers)
+    flat = lay_out(stages, layers, model.mtp_layers, pipeline * virtual)
+    return tuple(flat[s::pipeline] for s in range(pipeline))
 
 
 def _strides(p: Any, data: Number) -> dict[str, Number]:
@@ -219,7 +227,7 @@ def resolve(job: Job, cluster: Cluster, plan: Any = None, refuse: Refusal = REFU
     """All degrees of `job` on `cluster`; QuestionError, one line, for the first rule that does not hold.
 
     `plan` replaces the job's: a record with the same fields, in which degrees and sequences of a microbatch may be
-    columns of plans that share everything else; `refuse` then says what happens to rows.
+    columns of plans that share everything else; `refuse` then says what happens to rows, and `chunks` stay empty.
     """
     p = job.plan if plan is None else plan
     data = _axes(p, cluster, refuse)
@@ -246,8 +254,9 @@ def resolve(job: Job, cluster: Cluster, plan: Any = None, refuse: Refusal = REFU
         microbatch_sequences=micro,
         microbatches=microbatches,
         layout=layout,
-        chunks=_chunks(job, p),
+        chunks=chunks_of(job.model, p.stages, p.pipeline, p.virtual_stages) if plan is None else (),
         strides=_strides(p, data),
+        virtual_stages=p.virtual_stages,
     )
 
 

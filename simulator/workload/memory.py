@@ -127,7 +127,7 @@ def footprints(job: Job, degrees: Degrees, habits: Habits, workload: Workload) -
     return out
 
 
-def _gathered_bytes(job: Job, habits: Habits, pieces: list[tuple[Footprint, int]], shards: Shards) -> Number:
+def _gathered_bytes(job: Job, habits: Habits, pieces: list[tuple[Footprint, Number]], shards: Shards) -> Number:
     """Compute-format copies of weights: XLA's local copies of all, and the layers gathered from other shards.
 
     XLA holds one whole layer and the gradient of its largest matrix; torch FSDP prefetches a second layer.
@@ -145,7 +145,7 @@ def _gathered_bytes(job: Job, habits: Habits, pieces: list[tuple[Footprint, int]
         if full and piece.is_layer:
             whole = (piece.dense_parameters + piece.expert_parameters) * habits.gather_bytes
             biggest = piece.largest_matrix * habits.gather_bytes
-            layer = maximum(layer, whole + biggest if habits.xla else 2 * whole)
+            layer = maximum(layer, where(count > 0, whole + biggest if habits.xla else 2 * whole, 0.0))
     return copies + where(maximum(shards.dense, shards.expert) > 1, layer, 0.0)
 
 
@@ -153,16 +153,16 @@ def stage_memory(
     job: Job,
     degrees: Degrees,
     habits: Habits,
-    pieces: list[tuple[Footprint, int]],
-    stage: int,
+    pieces: list[tuple[Footprint, Number]],
+    stage: Number,
     reserve: float,
 ) -> StageMemory:
     """Memory of one device of `stage`, bytes by part; the parts add up to the peak.
 
     `pieces` are what the stage holds and how often. DualPipe feeds the pipeline from both ends: there a device also
-    holds the mirrored stage (arXiv:2412.19437, 3.2.1).
+    holds the mirrored stage (arXiv:2412.19437, 3.2.1). In columns a piece may be held by some rows only.
     """
-    dual = job.plan.schedule == "dualpipe" and degrees.pipeline > 1
+    dual = job.plan.schedule == "dualpipe" and degrees.pipelined
     shards, zero = Shards.of(degrees), job.plan.shard
     dense = sum(f.piece.dense_parameters * n for f, n in pieces)
     expert = sum(f.piece.expert_parameters * n for f, n in pieces)
@@ -173,29 +173,29 @@ def stage_memory(
         return width * (dense / s.dense + expert / s.expert)
 
     layers = [(f, n) for f, n in pieces if f.piece.is_layer]
-    flight = in_flight(job.plan.schedule, stage, degrees.pipeline, degrees.microbatches, job.plan.virtual_stages)
+    flight = in_flight(job.plan.schedule, stage, degrees.pipeline, degrees.microbatches, degrees.virtual_stages)
     kept = sum(f.saved * n for f, n in layers)
     ends = sum(f.saved * n for f, n in pieces if not f.piece.is_layer)
     # Under DualPipe both directions share the P + 1 microbatches in flight; `kept` already counts both stages.
     activations = kept * flight / (2 if dual else 1) + ends
     gathered = _gathered_bytes(job, habits, pieces, shards)
     gradients = state(habits.gradient_bytes, zero in ("gradients", "parameters"))
-    if habits.own and degrees.pipeline == 1:
+    if habits.own and not degrees.pipelined:
         # The sum over microbatches, and the gradients of the one that is being added.
         added = state(habits.gradient_bytes, zero == "parameters")
         gradients = gradients + where(degrees.microbatches > 1, added, 0.0)
-    layer_space = largest([f.workspace for f, _ in layers])
-    head = largest([f.logits for f, _ in pieces])
+    layer_space = largest([where(n > 0, f.workspace, 0.0) for f, n in layers])
+    head = largest([where(n > 0, f.logits, 0.0) for f, n in pieces])
     if habits.xla:
         # At the logits no layer weights are gathered and no gradients exist yet; the fuller instant counts.
         early = head - where(degrees.microbatches == 1, gradients, 0.0)
         workspace = maximum(layer_space, early)
     else:
         workspace = maximum(layer_space, head)
-    boundary = largest([f.piece.work.boundary_bytes for f, _ in layers])
+    boundary = largest([where(n > 0, f.piece.work.boundary_bytes, 0.0) for f, n in layers])
     full_stream = boundary * (degrees.tensor if job.plan.sequence_parallel else 1)
-    buffers = (2 * boundary if degrees.pipeline > 1 else 0.0) + (full_stream if job.plan.sequence_parallel else 0.0)
-    dispatch = largest([f.piece.work.dispatch_buffer_bytes for f, _ in layers])
+    buffers = (2 * boundary if degrees.pipelined else 0.0) + (full_stream if job.plan.sequence_parallel else 0.0)
+    dispatch = largest([where(n > 0, f.piece.work.dispatch_buffer_bytes, 0.0) for f, n in layers])
     return StageMemory(
         stage=stage,
         layers=sum(n for _, n in layers),
@@ -220,7 +220,7 @@ def stage_memories(
     each = footprints(job, degrees, habits, workload)
     out = []
     for stage in range(degrees.pipeline):
-        flight = in_flight(job.plan.schedule, stage, degrees.pipeline, degrees.microbatches, job.plan.virtual_stages)
+        flight = in_flight(job.plan.schedule, stage, degrees.pipeline, degrees.microbatches, degrees.virtual_stages)
         counts = workload.held_counts(stage, job.plan.schedule)
         key = (counts, flight)
         if key not in known:
@@ -230,23 +230,7 @@ def stage_memories(
     return tuple(out)
 
 
-def peak_bytes(job: Job, degrees: Degrees, habits: Habits, workload: Workload, reserve: float) -> Number:
-    """Bytes at the fullest instant of the fullest stage, for plans in columns that share their flags.
-
-    Of stages that hold the same pieces the first has most microbatches in flight (`in_flight`): the others are not
-    looked at.
-    """
-    each = footprints(job, degrees, habits, workload)
-    firsts: dict[tuple[tuple[int, ...], ...], int] = {}
-    for stage in range(degrees.pipeline):
-        firsts.setdefault(workload.held_counts(stage, job.plan.schedule), stage)
-    return largest(
-        [stage_memory(job, degrees, habits, held_pieces(each, counts), stage, reserve).peak_bytes
-         for counts, stage in firsts.items()]
-    )  # fmt: skip
-
-
-def held_pieces(each: list[Footprint], counts: tuple[tuple[int, ...], ...]) -> list[tuple[Footprint, int]]:
+def held_pieces(each: list[Footprint], counts: tuple[tuple[int, ...], ...]) -> list[tuple[Footprint, Number]]:
     """The pieces of a stage (and of DualPipe's mirrored one) and how often it holds each."""
     return [(f, n) for own in counts for f, n in zip(each, own, strict=True) if n]
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from simulator.numbers import Number, largest, maximum, minimum
+from simulator.numbers import Number, largest, maximum, minimum, where
 from simulator.workload.orders import BACKWARD, FORWARD, INPUT, ORDERS, WEIGHT, Action, model_stage
 
 
@@ -56,24 +56,23 @@ class StageTimes:
         return self.forward + self.backward_input + self.backward_weight
 
 
-def in_flight(schedule: str, stage: int, stages: int, microbatches: Number, virtual: int) -> Number:
+def in_flight(schedule: str, stage: Number, stages: Number, microbatches: Number, virtual: Number) -> Number:
     """Microbatches (of the whole stage) whose activations stage `stage` keeps at its fullest; later stages keep no more.
 
     Interleaved counts chunks: (P - p - 1) 2 + (V - 1) P + 1 of M V chunks, each 1/V of the stage
     (Megatron-LM's warm-up).
     """
-    if stages == 1:
-        return 1.0
+    most: Number = stages - stage
     if schedule == "gpipe":
-        return microbatches * 1.0
-    if schedule == "interleaved":
-        return minimum(microbatches * virtual, 2 * (stages - stage - 1) + (virtual - 1) * stages + 1) / virtual
-    if schedule == "dualpipe":
-        return minimum(microbatches, stages + 1) * 1.0
-    if schedule == "zb-h1":
+        most = microbatches
+    elif schedule == "interleaved":
+        most = (2 * (stages - stage - 1) + (virtual - 1) * stages + 1) / virtual
+    elif schedule == "dualpipe":
+        most = stages + 1
+    elif schedule == "zb-h1":
         # Weight gradients run late: a stage keeps what 1F1B's first stage does.
-        return minimum(microbatches, stages) * 1.0
-    return minimum(microbatches, stages - stage) * 1.0
+        most = stages
+    return where(stages == 1, 1.0, minimum(microbatches, most) * 1.0)
 
 
 @dataclass(frozen=True, slots=True)

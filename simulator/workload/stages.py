@@ -249,33 +249,32 @@ class _Builder:
 
 
 def build_workload(job: Job, degrees: Degrees, habits: Habits) -> Workload:
-    """All pieces of `job` and their counts per stage."""
+    """All pieces of `job` and their counts per stage; without counts where degrees in columns differ in their stages."""
     model: Model = job.model
     builder = _Builder(job, degrees, habits)
     encoder, decoder = job.batch.encoder_length, job.batch.decoder_length
     pieces: list[Piece] = []
-    index: dict[int, int] = {}
-    order: list[int] = []
     for stack, layers, length in (
         ("encoder", model.encoder_layers, encoder),
         ("decoder", model.decoder_layers, decoder),
     ):
-        for layer in layers:
-            if id(layer) not in index:
-                index[id(layer)] = len(pieces)
-                kinds = sum(1 for p in pieces if p.name.startswith(stack))
-                name = stack if kinds == 0 else f"{stack}[{kinds}]"
-                pieces.append(builder.layer(name, layer, length, encoder or length))
-            order.append(index[id(layer)])
-    embedding = len(pieces)
+        for i, layer in enumerate({id(x): x for x in layers}.values()):
+            pieces.append(builder.layer(f"{stack}[{i}]" if i else stack, layer, length, encoder or length))
     pieces.append(builder.embedding([x for x in (encoder, decoder) if x]))
-    pieces.append(builder.head(decoder, tied=model.tied_embeddings and degrees.pipeline == 1))
+    pieces.append(builder.head(decoder, tied=model.tied_embeddings and not degrees.pipelined))
     if model.mtp_layers:
         pieces.append(builder.mtp(decoder))
-    every = range(len(pieces))
-    chunk_counts = [[[_count(c, order, i, embedding) for i in every] for c in chunks] for chunks in degrees.chunks]
-    counts = [[sum(c[i] for c in chunks) for i in every] for chunks in chunk_counts]
+    chunk_counts = count_pieces(model, degrees.chunks)
+    counts = [[sum(each) for each in zip(*chunks, strict=True)] for chunks in chunk_counts]
     return Workload(pieces, counts, chunk_counts)
+
+
+def count_pieces(model: Model, chunks: tuple[tuple[Chunk, ...], ...]) -> list[list[list[int]]]:
+    """How many of each piece every chunk of every stage runs: kinds of layers, embedding, head, MTP modules."""
+    kinds: dict[int, int] = {}
+    order = [kinds.setdefault(id(x), len(kinds)) for x in (*model.encoder_layers, *model.decoder_layers)]
+    every = range(len(kinds) + (3 if model.mtp_layers else 2))
+    return [[[_count(c, order, i, len(kinds)) for i in every] for c in own] for own in chunks]
 
 
 def _count(chunk: Chunk, order: list[int], piece: int, embedding: int) -> int:
