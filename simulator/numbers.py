@@ -7,6 +7,7 @@ short way because one forecast evaluates some hundreds of them and must stay und
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 # A plain number, or a NumPy array of them. NumPy is not imported for plain numbers, so it cannot be named here.
@@ -49,6 +50,19 @@ def where(condition: Number, a: Number, b: Number) -> Number:
     import numpy as np
 
     return np.where(condition, a, b)
+
+
+def some(condition: Number) -> bool:
+    """Whether the condition holds, or holds for any element."""
+    return bool(condition) if isinstance(condition, (bool, *_PLAIN)) else bool(condition.any())
+
+
+def largest(values: Sequence[Number], default: Number = 0.0) -> Number:
+    """Largest of several numbers or columns, element by element."""
+    out = values[0] if len(values) else default
+    for value in values[1:]:
+        out = maximum(out, value)
+    return out
 
 
 def log10(a: Number) -> Number:

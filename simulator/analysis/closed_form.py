@@ -1,55 +1,28 @@
 """The closed form: step time of a job from formulas, without events.
 
-Per stage and microbatch: compute at balanced load, exposed communication, the wait for the busiest expert rank. The
-pipeline formula puts the stages together; gradient reduction, optimiser and host follow. What the formulas leave out
-(contention between collectives, real rendezvous, jitter) is the events engine's business.
+Stages (`stage_formula`) are put together by the pipeline formula; gradient reduction, optimiser and host follow. What
+the formulas leave out (contention between collectives, real rendezvous, jitter) is the events engine's business.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from hw_profiles.cluster import Cluster
 from hw_profiles.errors import QuestionError
-from simulator.analysis.launches import launch_bound
-from simulator.costs.piece_times import CommTime, PieceTime, Timer, launch_s
-from simulator.costs.reductions import StateCosts
+from simulator.analysis.launches import launch_bound, launch_waits
+from simulator.analysis.stage_formula import StageFormula, StageResult
+from simulator.costs.piece_times import PieceTime, Timer, launch_s
 from simulator.job.job import Job
 from simulator.job.rules import Degrees
 from simulator.kernels.roofline import Kernels
-from simulator.numbers import Number, maximum, minimum
+from simulator.numbers import Number, largest, maximum, some, where
 from simulator.results.forecast import Parts
 from simulator.workload.habits import Habits
-from simulator.workload.memory import Shards
 from simulator.workload.routing import busiest_over_mean, dirichlet_busiest, zipf_busiest
-from simulator.workload.schedules import Beside, StageTimes, hidden, pipeline_time
+from simulator.workload.schedules import StageTimes, pipeline_time
 from simulator.workload.stages import Workload
-
-
-@dataclass(slots=True)
-class StageResult:
-    """Seconds of a whole step on one device of one stage, by kind; all-to-all and other are exposed seconds.
-
-    `kernels` are what the host launches for a microbatch's forward, input and weight gradients; `hot_forward_s` and
-    `hot_backward_s` are the imbalance of one microbatch's passes.
-    """
-
-    compute_s: Number = 0.0
-    all_to_all_s: Number = 0.0
-    all_to_all_total_s: Number = 0.0
-    all_to_all_bytes: Number = 0.0
-    other_s: Number = 0.0
-    imbalance_s: Number = 0.0
-    hot_forward_s: Number = 0.0
-    hot_backward_s: Number = 0.0
-    host_s: Number = 0.0
-    kernels: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    tail_s: Number = 0.0
-    executed_flops: Number = 0.0
-    model_flops: Number = 0.0
-    times: StageTimes | None = None
-    piece_times: dict[str, StageTimes] = field(default_factory=dict)
-    comms: list[tuple[CommTime, float, Number]] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -88,190 +61,6 @@ def busiest_rank(job: Job, degrees: Degrees) -> float:
     return worst
 
 
-@dataclass(slots=True)
-class _Shown:
-    """Seconds of one microbatch of a piece, each (forward, backward).
-
-    Exposed communication, all and what is beside nothing; communication beside compute, exposed or not; what the
-    busiest rank's all-to-alls add to what is exposed; and compute left to hide more behind.
-    """
-
-    all: tuple[Number, Number]
-    apart: tuple[Number, Number]
-    beside: tuple[Number, Number]
-    hot: tuple[Number, Number]
-    left: tuple[Number, Number]
-
-
-class _Stage:
-    """Adds up one stage's pieces."""
-
-    def __init__(
-        self, job: Job, cluster: Cluster, degrees: Degrees, habits: Habits, kernels: Kernels, timer: Timer
-    ) -> None:
-        self.job, self.degrees, self.habits, self.timer = job, degrees, habits, timer
-        self.costs = StateCosts(job, cluster, degrees, habits, kernels, timer)
-        self.dual = job.plan.schedule == "dualpipe" and degrees.pipeline > 1
-        self.slow = cluster.chip.overlap_slowdown.value - 1
-        self.shards = Shards.of(degrees)
-
-    def _hide(self, communication: Number, compute: Number, overlap: bool) -> Number:
-        """Exposed seconds of communication beside compute, with what the compute loses while both run."""
-        return hidden(communication, compute, self.slow) if overlap else communication
-
-    def result(self, pieces: list[tuple[PieceTime, int]], mirrored: list[tuple[PieceTime, int]]) -> StageResult:
-        """The stage's step; `mirrored` are the pieces of DualPipe's second copy."""
-        out = StageResult()
-        micro, overlap = self.degrees.microbatches, self.job.software.overlap
-        # DualPipe's second copy of the parameters is reduced and updated too.
-        both = (*pieces, *mirrored)
-        dense = sum(n * t.piece.dense_parameters for t, n in both)
-        expert = sum(n * t.piece.expert_parameters for t, n in both)
-        layers = max(1, sum(n for t, n in both if t.piece.is_layer))
-        summed = sum(n * t.piece.dense_parameters for t, n in both if t.piece.is_reduced)
-        calls = self.costs.calls((t.piece, n) for t, n in both)
-        reductions = self.costs.reductions(summed, expert, calls)
-        each = sum(c.seconds for c in reductions) if self.costs.every_microbatch else 0.0
-        f = bi = bw = forward_wait = backward_wait = room_f = room_b = beside_f = beside_b = 0.0
-        for t, n in pieces:
-            f, bi, bw = f + n * t.forward_s, bi + n * t.backward_input_s, bw + n * t.backward_weight_s
-            gathers = self._gather(out, t, n)
-            reduced = each * (t.piece.dense_parameters + t.piece.expert_parameters) / maximum(dense + expert, 1e-30)
-            shown = self._piece(out, t, n, gathers, reduced)
-            room_f, room_b = room_f + n * shown.left[0], room_b + n * shown.left[1]
-            beside_f, beside_b = beside_f + n * shown.beside[0], beside_b + n * shown.beside[1]
-            # A backward pass of experts is two products to the forward's one.
-            hot = t.hot_unit_s * (self.timer.busiest - 1)
-            hot_f, hot_b = hot / 3 + shown.hot[0], hot * 2 / 3 + shown.hot[1]
-            # Under DualPipe what is beside compute is exposed action by action (schedules.py), not here.
-            exposed = shown.apart if self.dual else shown.all
-            late = (hot / 3, hot * 2 / 3) if self.dual and overlap.all_to_all else (hot_f, hot_b)
-            wait_f = exposed[0] + late[0] + t.forward_other_s
-            wait_b = exposed[1] + late[1] + t.backward_other_s + t.host_s
-            out.hot_forward_s, out.hot_backward_s = out.hot_forward_s + n * late[0], out.hot_backward_s + n * late[1]
-            forward_wait, backward_wait = forward_wait + n * wait_f, backward_wait + n * wait_b
-            one = StageTimes(t.forward_s + wait_f, t.backward_input_s + wait_b, t.backward_weight_s)
-            out.piece_times[t.piece.name] = one
-            out.other_s += n * micro * (t.forward_other_s + t.backward_other_s)
-            out.imbalance_s += n * micro * (hot_f + hot_b)
-            out.host_s += n * micro * t.host_s
-            before = out.kernels
-            more = (t.forward_kernels, t.input_kernels, t.weight_kernels)
-            out.kernels = (before[0] + n * more[0], before[1] + n * more[1], before[2] + n * more[2])
-            out.executed_flops += n * micro * t.executed_flops
-            out.model_flops += n * micro * t.model_flops
-        if self.costs.every_microbatch:
-            share = out.other_s / maximum(micro * each, 1e-30)
-            out.comms += [(c, micro, minimum(share, 1.0)) for c in reductions]
-        beside = Beside(beside_f, beside_b, (f, bi, bw), self.slow) if self.dual else None
-        out.times = StageTimes(f + forward_wait, bi + backward_wait, bw, beside)
-        update = self.costs.update_s(dense, expert)
-        out.compute_s = micro * (f + bi + bw) + update
-        once = [] if self.costs.every_microbatch else reductions
-        out.tail_s = (
-            update
-            + self._once(out, once, room_b, overlap.gradients, layers)
-            + self._once(out, self.costs.new_weights(dense, expert, calls), room_f, overlap.parameters, layers)
-        )
-        return out
-
-    def _piece(self, out: StageResult, t: PieceTime, n: int, gathers: tuple[Number, Number], reduced: Number) -> _Shown:
-        """What one microbatch of a piece exposes.
-
-        All-to-alls, gathers and reductions use the same network cards: what runs beside the compute has to fit there
-        together. DualPipe runs a forward and a backward together, so that either's communication hides behind both;
-        ZB-H1 runs the weight gradient apart, and nothing hides behind that but the reductions at the end.
-        """
-        overlap, micro = self.job.software.overlap, self.degrees.microbatches
-        forward = t.forward_s
-        weight = t.backward_weight_s
-        split = self.job.plan.schedule == "zb-h1" and self.degrees.pipeline > 1
-        backward = t.backward_input_s + (0.0 if split else weight)
-        a2a = t.forward_all_to_all_s, t.backward_all_to_all_s
-        beside = tuple(x if overlap.all_to_all else 0.0 for x in a2a)
-        excess = self.timer.busiest - 1
-        more = excess * t.hot_forward_s, excess * t.hot_backward_s
-        states = (
-            gathers[0] if overlap.parameters else 0.0,
-            (gathers[1] if overlap.parameters else 0.0) + (reduced if overlap.gradients else 0.0),
-        )
-        alone = gathers[0] + gathers[1] + reduced - states[0] - states[1]
-        hot = more if overlap.all_to_all else (0.0, 0.0)
-        if self.dual:
-            compute = forward + backward
-            shown = self._hide(beside[0] + beside[1], compute, True)
-            rest = self._hide(beside[0] + beside[1] + states[0] + states[1], compute, True) - shown
-            first, second = (shown + rest) / 3, (shown + rest) * 2 / 3
-            if overlap.all_to_all:
-                whole = beside[0] + beside[1] + states[0] + states[1] + more[0] + more[1]
-                late = self._hide(whole, compute, True) - shown - rest
-                more = late / 3, late * 2 / 3
-        else:
-            shown_f, shown_b = self._hide(beside[0], forward, True), self._hide(beside[1], backward, True)
-            first = self._hide(beside[0] + states[0], forward, True)
-            second = self._hide(beside[1] + states[1], backward, True)
-            shown, rest = shown_f + shown_b, first - shown_f + second - shown_b
-            if overlap.all_to_all:
-                more = (
-                    self._hide(beside[0] + states[0] + more[0], forward, True) - first,
-                    self._hide(beside[1] + states[1] + more[1], backward, True) - second,
-                )
-        serial = a2a[0] - beside[0], a2a[1] - beside[1]
-        exposed = shown + serial[0] + serial[1]
-        out.all_to_all_s += n * micro * exposed
-        out.all_to_all_total_s += n * micro * (a2a[0] + a2a[1])
-        out.other_s += n * micro * (rest + alone)
-        share = exposed / maximum(a2a[0] + a2a[1], 1e-30)
-        for c in t.comms:
-            calls = n * micro * (c.forward + c.backward)
-            out.comms.append((c, calls, share if c.kind == "all_to_all" else 1.0))
-            if c.kind == "all_to_all":
-                out.all_to_all_bytes += calls * c.bytes
-        alone_f = gathers[0] - states[0]
-        left_f = maximum(forward - beside[0] - states[0], 0.0)
-        left_b = maximum((weight if split else backward - beside[1] - states[1]), 0.0)
-        apart = serial[0] + alone_f, serial[1] + alone - alone_f
-        inside = beside[0] + states[0] + hot[0], beside[1] + states[1] + hot[1]
-        return _Shown((first + apart[0], second + apart[1]), apart, inside, more, (left_f, left_b))
-
-    def _gather(self, out: StageResult, t: PieceTime, n: int) -> tuple[Number, Number]:
-        """Seconds of gathering a piece's sharded weights, forward and backward, one microbatch."""
-        if self.job.plan.shard != "parameters" or not t.piece.is_gathered:
-            return 0.0, 0.0
-        name = t.piece.name.partition("[")[0]
-        seconds: Number = 0.0
-        passes = 2 if t.piece.is_layer else 1
-        # XLA takes the gather of the output table, the same for every microbatch, out of our trainer's loop over them.
-        often = 1 if self.habits.own and not t.piece.is_layer else self.degrees.microbatches
-        for axis, size, parameters, parts in (
-            ("replica", self.shards.dense, t.piece.dense_parameters, t.piece.dense_calls),
-            ("expert_data", self.shards.expert, t.piece.expert_parameters, t.piece.expert_calls),
-        ):
-            if size > 1 and parameters:
-                bytes_ = parameters * self.habits.gather_bytes
-                rate = self.timer.rate_of("all_gather", size, axis)
-                one = parts * rate.seconds(bytes_ / parts)
-                seconds = seconds + one * often / self.degrees.microbatches
-                scope = f"{name}.{'experts' if axis == 'expert_data' else 'parameters'}.all_gather"
-                comm = CommTime(scope, "all_gather", size, bytes_, 1.0, passes - 1.0, one, rate.level, parts=parts)
-                hidden = self._hide(one * passes, t.compute_s, self.job.software.overlap.parameters)
-                out.comms.append((comm, n * often * passes, hidden / maximum(one * passes, 1e-30)))
-        return seconds, seconds if passes == 2 else 0.0
-
-    def _once(self, out: StageResult, comms: list[CommTime], compute: Number, beside: bool, layers: int) -> Number:
-        """Exposed seconds of what happens once a step: reductions at its end, or ZeRO 1's gather of new weights.
-
-        The last layer's gradients are ready only when the backward pass ends, and the first layer's weights are needed
-        when the forward pass begins: one layer's part of either stays exposed.
-        """
-        total = sum(c.seconds for c in comms)
-        exposed = maximum(self._hide(total, compute, beside), total / layers)
-        for c in comms:
-            out.comms.append((c, 1, exposed / maximum(total, 1e-30)))
-        out.other_s += exposed
-        return exposed
-
-
 def closed_form(
     job: Job,
     cluster: Cluster,
@@ -289,38 +78,17 @@ def closed_form(
     load = busiest_rank(job, degrees) if busiest is None else busiest
     timer = Timer(job, cluster, degrees, habits, kernels, load)
     times = [timer.time(p) for p in workload.pieces]
-    stage = _Stage(job, cluster, degrees, habits, kernels, timer)
-    results: dict[tuple[int, ...], StageResult] = {}
-    stages = []
-    dual = job.plan.schedule == "dualpipe" and degrees.pipeline > 1
-    for p, counts in enumerate(workload.counts):
-        mirror = workload.counts[degrees.pipeline - 1 - p] if dual else []
-        key = (*counts, *mirror)
+    formula = StageFormula(job, cluster, degrees, habits, kernels, timer)
+    results: dict[tuple[tuple[int, ...], ...], StageResult] = {}
+    for key in stage_keys(job, workload):
         if key not in results:
-            own = [(t, n) for t, n in zip(times, counts, strict=True) if n]
-            results[key] = stage.result(own, [(t, n) for t, n in zip(times, mirror, strict=False) if n])
-        stages.append(results[key])
-    hop = _hop(timer, degrees, workload)
-    per_stage = [s.times for s in stages if s.times is not None]
-    per_chunk = _chunk_times(stages, times, workload) if job.plan.virtual_stages > 1 else per_stage
-    pipeline = pipeline_time(job.plan.schedule, per_chunk, degrees.microbatches, job.plan.virtual_stages, hop)
-    # Stage p ends its last backward p backward passes before stage 0: reductions use that slack.
-    splits = dual or job.plan.schedule == "zb-h1"
-    each = launch_s(job, cluster.chip, habits)
-    ahead: list[Number] = []
-    launched: Number = 0.0
-    for p, s in enumerate(stages):
-        assert s.times is not None
-        backward = s.times.backward_input + s.times.backward_weight
-        ahead.append(0.0 if splits else p * backward / job.plan.virtual_stages)
-        # Hosts wait for nobody: a stage ends no sooner than its kernels are launched, and the stages before it follow.
-        copies = (s, stages[-1 - p]) if dual else (s,)
-        bound = launch_bound(job.plan.schedule, p, degrees, [(c.times, c.kernels) for c in copies], each)
-        launched = maximum(launched, bound + ahead[p])
-    free, step = (
-        _last([end, *(end - a + s.tail_s for s, a in zip(stages, ahead, strict=True))])
-        for end in (pipeline, maximum(pipeline, launched))
-    )
+            results[key] = formula.result(*held_pieces(times, key))
+    stages = [results[key] for key in stage_keys(job, workload)]
+    hop = hop_s(timer, degrees, workload)
+    pipeline = pipeline_s(job, degrees, stages, times, workload, hop)
+    launched = launched_s(job, cluster, degrees, habits, stages)
+    after = after_s(job, degrees, list(enumerate(stages)))
+    free, step = pipeline + after, maximum(pipeline, launched) + after
     once = cluster.chip.host_step_overhead_us.value * 1e-6
     host = once + step - free
     step = step + once
@@ -340,33 +108,95 @@ def closed_form(
     return ClosedForm(step, Parts(compute, a2a, other, host, imbalance, bubble), stages, times)
 
 
-def _last(ends: list[Number]) -> Number:
-    """The latest of several ends."""
-    out = ends[0]
-    for end in ends[1:]:
-        out = maximum(out, end)
+StageKey = tuple[tuple[int, ...], ...]
+
+
+def stage_keys(job: Job, workload: Workload) -> list[StageKey]:
+    """What each stage holds: equal keys are equal stages."""
+    return [workload.held_counts(p, job.plan.schedule) for p in range(len(workload.counts))]
+
+
+def held_pieces(
+    times: Sequence[PieceTime], key: StageKey
+) -> tuple[list[tuple[PieceTime, int]], list[tuple[PieceTime, int]]]:
+    """The pieces of a stage with their counts, and those of DualPipe's second copy."""
+    own, *twin = ([(t, n) for t, n in zip(times, counts, strict=True) if n] for counts in key)
+    return own, twin[0] if twin else []
+
+
+def pipeline_s(
+    job: Job,
+    degrees: Degrees,
+    stages: Sequence[StageResult],
+    times: Sequence[PieceTime],
+    workload: Workload,
+    hop: Number,
+) -> Number:
+    """Seconds from the first forward to the end of the last backward."""
+    virtual = degrees.virtual_stages
+    each = [s.times for s in stages if s.times is not None] if virtual == 1 else _chunk_times(stages, times, workload)
+    return pipeline_time(job.plan.schedule, each, degrees.microbatches, virtual, hop)
+
+
+def _ahead_s(job: Job, degrees: Degrees, stage: StageResult, p: Number) -> Number:
+    """How long before stage 0 stage `p` ends its last backward pass: p backward passes."""
+    schedule = job.plan.schedule
+    if schedule == "zb-h1" or (schedule == "dualpipe" and degrees.pipelined):
+        return 0.0
+    assert stage.times is not None
+    return p * (stage.times.backward_input + stage.times.backward_weight) / degrees.virtual_stages
+
+
+def after_s(job: Job, degrees: Degrees, stages: Sequence[tuple[Number, StageResult]]) -> Number:
+    """Seconds between the end of the pipeline and the end of the step: what no stage's slack hides.
+
+    Of equal stages the first has the least slack: the others may be left out of `stages`, (index, stage).
+    """
+    return maximum(largest([s.tail_s - _ahead_s(job, degrees, s, p) for p, s in stages]), 0.0)
+
+
+def launched_s(job: Job, cluster: Cluster, degrees: Degrees, habits: Habits, stages: Sequence[StageResult]) -> Number:
+    """When the pipeline can end at the earliest because hosts launch kernel after kernel; 0 where they never lag.
+
+    Hosts wait for nobody: a stage ends no sooner than its kernels are launched, and the stages before it follow.
+    """
+    dual = job.plan.schedule == "dualpipe" and degrees.pipelined
+    each = launch_s(job, cluster.chip, habits)
+    out: Number = 0.0
+    quiet: dict[tuple[int, ...], bool] = {}
+    for p, s in enumerate(stages):
+        held = (s, stages[-1 - p]) if dual else (s,)
+        key = tuple(map(id, held))
+        copies = [(c.times, c.kernels) for c in held]
+        if key not in quiet:
+            quiet[key] = not some(launch_waits(copies, each))
+        if not quiet[key]:
+            bound = launch_bound(job.plan.schedule, p, degrees, copies, each)
+            out = maximum(out, where(bound > 0, bound + _ahead_s(job, degrees, s, p), 0.0))
     return out
 
 
-def _chunk_times(stages: list[StageResult], times: list[PieceTime], workload: Workload) -> list[StageTimes]:
-    """Times of the virtual stages in the order of the model: the sums of their pieces'."""
+def _chunk_times(stages: Sequence[StageResult], times: Sequence[PieceTime], workload: Workload) -> list[StageTimes]:
+    """Times of the virtual stages in the order of the model: the sums of their pieces'; equal ones are one record."""
+    known: dict[tuple[object, ...], StageTimes] = {}
     out = []
     for v in range(len(workload.chunk_counts[0])):
         for stage, chunks in zip(stages, workload.chunk_counts, strict=True):
-            own = [(n, stage.piece_times[t.piece.name]) for t, n in zip(times, chunks[v], strict=True) if n]
-            out.append(
-                StageTimes(
+            key = (id(stage), *chunks[v])
+            if key not in known:
+                own = [(n, stage.piece_times[t.piece.name]) for t, n in zip(times, chunks[v], strict=True) if n]
+                known[key] = StageTimes(
                     sum(n * x.forward for n, x in own),
                     sum(n * x.backward_input for n, x in own),
                     sum(n * x.backward_weight for n, x in own),
                 )
-            )
+            out.append(known[key])
     return out
 
 
-def _hop(timer: Timer, degrees: Degrees, workload: Workload) -> Number:
-    if degrees.pipeline == 1:
+def hop_s(timer: Timer, degrees: Degrees, workload: Workload) -> Number:
+    """Seconds that a microbatch takes from one stage to the next."""
+    if not degrees.pipelined:
         return 0.0
     _, rate = timer.rate("pipeline", "permute")
-    bytes_ = max(p.work.boundary_bytes for p in workload.pieces if p.is_layer)
-    return rate.seconds(bytes_)
+    return rate.seconds(largest([p.work.boundary_bytes for p in workload.pieces if p.is_layer]))

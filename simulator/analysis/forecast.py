@@ -9,9 +9,10 @@ from hw_profiles.cluster import Cluster
 from hw_profiles.errors import QuestionError, nearest
 from hw_profiles.loader import resolve_cluster
 from hw_profiles.schema import Chip
-from simulator.analysis.closed_form import ClosedForm, StageResult, busiest_rank, closed_form
+from simulator.analysis.closed_form import ClosedForm, busiest_rank, closed_form
 from simulator.analysis.event_options import EventOptions
 from simulator.analysis.evidence import cost_of, gather_evidence, interval
+from simulator.analysis.stage_formula import StageResult
 from simulator.costs.piece_times import launch_s
 from simulator.job.job import Capacity, Job, RematPolicy
 from simulator.job.rules import Degrees, resolve
@@ -118,13 +119,16 @@ def _flops(job: Job, degrees: Degrees, result: ClosedForm) -> Flops:
     return Flops(model, executed, model / job.tokens_per_step, model / 3 / sequences, CONVENTION, variants)
 
 
-def _memory(job: Job, cluster: Cluster, degrees: Degrees, habits: Habits, workload: Workload) -> Memory:
+def memory_limits(cluster: Cluster, habits: Habits) -> tuple[float, float]:
+    """Bytes of a device that a program may fill, and those of them that the framework keeps for itself."""
     chip = cluster.chip
     reserve = chip.framework_reserve_gib.value * GIB / chip.devices_per_chip
-    capacity = chip.device_memory_bytes
-    if habits.xla:
-        # XLA's report counts the program alone; what the framework keeps for itself lowers the limit instead.
-        capacity, reserve = capacity - reserve, 0.0
+    # XLA's report counts the program alone; what the framework keeps for itself lowers the limit instead.
+    return (chip.device_memory_bytes - reserve, 0.0) if habits.xla else (chip.device_memory_bytes, reserve)
+
+
+def _memory(job: Job, cluster: Cluster, degrees: Degrees, habits: Habits, workload: Workload) -> Memory:
+    capacity, reserve = memory_limits(cluster, habits)
     stages = stage_memories(job, degrees, habits, workload, reserve)
     meaning = (
         "total of XLA's memory-usage report, against the memory less the framework reserve of the profile"

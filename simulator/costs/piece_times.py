@@ -10,7 +10,7 @@ from simulator.job.job import Job
 from simulator.job.rules import Degrees
 from simulator.kernels.roofline import Kernels
 from simulator.network.collectives import Network, Rate
-from simulator.numbers import Number, maximum, minimum
+from simulator.numbers import Number, maximum, minimum, some, where
 from simulator.workload.habits import Habits
 from simulator.workload.memory import is_recomputed, offloaded_bytes
 from simulator.workload.ops import Comm, Op
@@ -45,14 +45,14 @@ class CommTime:
 
     scope: str
     kind: str
-    size: int
+    size: Number
     bytes: Number
     forward: float
     backward: float
     seconds: Number
     level: str
-    stride: int = 1
-    between: float = 1.0
+    stride: Number = 1
+    between: Number = 1.0
     hot_s: Number = 0.0
     to_experts: tuple[bool, bool] = (True, True)
     parts: float = 1.0
@@ -80,9 +80,9 @@ class PieceTime:
     hot_forward_s: Number = 0.0
     hot_backward_s: Number = 0.0
     host_s: Number = 0.0
-    forward_kernels: float = 0.0
-    input_kernels: float = 0.0
-    weight_kernels: float = 0.0
+    forward_kernels: Number = 0.0
+    input_kernels: Number = 0.0
+    weight_kernels: Number = 0.0
     model_flops: Number = 0.0
     executed_flops: Number = 0.0
 
@@ -93,20 +93,32 @@ class PieceTime:
 
 
 class Timer:
-    """Turns pieces into times for one job on one cluster."""
+    """Turns pieces into times for one job on one cluster.
+
+    Of one plan, or with degrees in columns of many that share their flags; then `network` gives its lines in columns,
+    and `detail`, the rows of single ops, is off.
+    """
 
     def __init__(
-        self, job: Job, cluster: Cluster, degrees: Degrees, habits: Habits, kernels: Kernels, busiest: float
+        self,
+        job: Job,
+        cluster: Cluster,
+        degrees: Degrees,
+        habits: Habits,
+        kernels: Kernels,
+        busiest: Number,
+        network: Network | None = None,
+        detail: bool = True,
     ) -> None:
         self.job, self.cluster, self.degrees, self.habits, self.kernels = job, cluster, degrees, habits, kernels
-        self.busiest = busiest
-        self.network = Network(cluster)
+        self.busiest, self.detail = busiest, detail
+        self.network = network or Network(cluster)
         self.names = recompute_names(job)
         self.offload = offload_names(job)
         host = cluster.chip.host_link_gb_per_s
         self.host_bytes_per_s = host.value * 1e9 if host is not None else None
 
-    def rate(self, axis: str, kind: str, between: float = 1.0) -> tuple[int, Rate]:
+    def rate(self, axis: str, kind: str, between: Number = 1.0) -> tuple[Number, Rate]:
         """Group size and cost line of a collective over a mesh axis."""
         d = self.degrees
         size = {
@@ -120,7 +132,7 @@ class Timer:
         }[axis]
         return size, self.network.rate(kind, size, d.strides[axis], between)
 
-    def rate_of(self, kind: str, size: int, axis: str, apart: int = 1) -> Rate:
+    def rate_of(self, kind: str, size: Number, axis: str, apart: Number = 1) -> Rate:
         """Cost line of a collective over `size` members of an axis, every `apart`-th of them."""
         return self.network.rate(kind, size, self.degrees.strides[axis] * apart)
 
@@ -155,6 +167,8 @@ class Timer:
         again_flops = flops if again else 0.0
         out.model_flops = out.model_flops + 3 * op.model_flops
         out.executed_flops = out.executed_flops + flops * (1 + op.backward) + again_flops
+        if not self.detail:
+            return
         out.ops.append(
             OpTime(
                 op.scope,
@@ -178,15 +192,16 @@ class Timer:
         forward, backward = comm.forward, comm.backward + repeated
         for kind in kinds:
             size, rate = self.rate(comm.axis, kind, between)
-            if size <= 1:
+            if not some(size > 1):
                 return
+            runs = where(size > 1, 1, 0)
             seconds = rate.seconds(comm.bytes)
             if kind == "permute":
                 # Keys and values go round a ring of n ranks in n - 1 steps.
                 seconds = (size - 1) * rate.seconds(comm.bytes)
-            steps = size - 1 if kind == "permute" else 1
-            out.forward_kernels += steps * forward
-            out.input_kernels += steps * backward
+            steps = size - 1 if kind == "permute" else runs
+            out.forward_kernels = out.forward_kernels + steps * forward
+            out.input_kernels = out.input_kernels + steps * backward
             stride = self.degrees.strides[comm.axis]
             more = minimum(seconds, comm.bytes * rate.seconds_per_byte) if comm.hot and kind == "all_to_all" else 0.0
             out.comms.append(
@@ -217,7 +232,7 @@ class Timer:
             return ("permute",)
         return (comm.kind,)
 
-    def _between(self, comm: Comm) -> float:
+    def _between(self, comm: Comm) -> Number:
         """Share of all-to-all bytes that leaves a node when a token is sent there once (DeepEP, HybridEP)."""
         if (
             comm.transport not in ("deepep", "hybridep")
@@ -226,9 +241,9 @@ class Timer:
         ):
             return 1.0
         moe = self.job.model.moes[0]
-        per_node = max(1, self.cluster.levels[0].devices // self.degrees.strides["expert"])
-        nodes = max(1.0, self.degrees.expert / per_node)
-        return float(distinct_domains(moe, nodes)) / moe.top_k
+        per_node = maximum(1, self.cluster.levels[0].devices // self.degrees.strides["expert"])
+        nodes = maximum(1.0, self.degrees.expert / per_node)
+        return distinct_domains(moe, nodes) / moe.top_k
 
     def _offload(self, out: PieceTime) -> None:
         """Moving saved results to the host and back beside the compute; what does not fit behind it is exposed."""

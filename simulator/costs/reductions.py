@@ -9,7 +9,7 @@ from simulator.costs.piece_times import CommTime, Timer
 from simulator.job.job import Job
 from simulator.job.rules import Degrees
 from simulator.kernels.roofline import Kernels
-from simulator.numbers import Number
+from simulator.numbers import Number, some, where
 from simulator.workload.habits import Habits
 from simulator.workload.memory import Shards
 from simulator.workload.stages import Piece
@@ -26,7 +26,7 @@ class StateCosts:
         self.shards = Shards.of(degrees)
 
     def _comm(
-        self, scope: str, kind: str, size: int, axis: str, bytes_: Number, apart: int = 1, parts: float = 1.0
+        self, scope: str, kind: str, size: Number, axis: str, bytes_: Number, apart: Number = 1, parts: float = 1.0
     ) -> CommTime:
         rate = self.timer.rate_of(kind, size, axis, apart)
         stride = self.degrees.strides[axis] * apart
@@ -58,15 +58,20 @@ class StateCosts:
             ("expert_data", d.expert_data, self.shards.expert, expert, "experts.gradients", calls[1]),
         ):
             bytes_ = parameters * self.habits.reduction_bytes
-            if size <= 1 or not parameters:
+            if not some(size > 1) or not some(parameters > 0):
                 continue
-            if zero in ("gradients", "parameters") and shard > 1 and not self._reduces_whole(shard):
-                scatter = self._comm(f"{what}.reduce_scatter", "reduce_scatter", shard, axis, bytes_, parts=parts)
+            whole = self._reduces_whole(shard)
+            if zero in ("gradients", "parameters") and some(shard > 1) and some(1 - whole):
+                # In columns some plans have one shard, or reduce whole: a collective that they lack carries nothing.
+                split = where(whole, 0.0, bytes_)
+                scatter = self._comm(f"{what}.reduce_scatter", "reduce_scatter", shard, axis, split, parts=parts)
                 out.append(scatter)
-                if size > shard:
+                if some(size > shard):
                     out.append(
-                        self._comm(f"{what}.all_reduce", "all_reduce", size // shard, axis, bytes_ / shard, shard)
+                        self._comm(f"{what}.all_reduce", "all_reduce", size // shard, axis, split / shard, shard)
                     )
+                if some(whole):
+                    out.append(self._comm(f"{what}.all_reduce", "all_reduce", size, axis, where(whole, bytes_, 0.0)))
             elif zero == "optimizer":
                 scatter = self._comm(f"{what}.reduce_scatter", "reduce_scatter", size, axis, bytes_, parts=parts)
                 out.append(scatter)
@@ -74,15 +79,16 @@ class StateCosts:
                 out.append(self._comm(f"{what}.all_reduce", "all_reduce", size, axis, bytes_))
         return out
 
-    def _reduces_whole(self, shard: int) -> bool:
+    def _reduces_whole(self, shard: Number) -> Number:
         """XLA:TPU all-reduces wide FSDP gradients (v5e, v5p, v6e, seen at 64 ways; facts/aot.md), TPU 7x does not."""
         chip = self.cluster.chip
-        return self.habits.xla and not self.habits.own and chip.kind == "tpu" and chip.name != "tpu7x" and shard > 8
+        does = self.habits.xla and not self.habits.own and chip.kind == "tpu" and chip.name != "tpu7x"
+        return does and shard > 8
 
     @property
     def every_microbatch(self) -> bool:
         """Whether gradients are reduced after every microbatch (ZeRO 2 and 3) and not once a step."""
-        return self.job.plan.shard in ("gradients", "parameters") and self.degrees.microbatches > 1
+        return self.job.plan.shard in ("gradients", "parameters") and some(self.degrees.microbatches > 1)
 
     def new_weights(self, dense: Number, expert: Number, calls: tuple[float, float] = (1.0, 1.0)) -> list[CommTime]:
         """ZeRO 1's gather of the updated weights, which the next forward pass needs; `calls` see `calls`."""
@@ -92,7 +98,7 @@ class StateCosts:
                 ("replica", self.shards.dense, dense, "parameters", calls[0]),
                 ("expert_data", self.shards.expert, expert, "experts.parameters", calls[1]),
             ):
-                if size > 1 and parameters:
+                if some(size > 1) and some(parameters > 0):
                     bytes_ = parameters * self.habits.new_weight_bytes
                     out.append(self._comm(f"{what}.all_gather", "all_gather", size, axis, bytes_, parts=parts))
         return out

@@ -14,7 +14,7 @@ from typing import Any
 
 from hw_profiles.errors import QuestionError
 from hw_profiles.schema import Chip, Curve
-from simulator.numbers import Number, ceil, log10, maximum
+from simulator.numbers import Number, ceil, log10, maximum, where
 from simulator.workload.ops import Op
 
 # Where a chip has no peak for a format, the one it runs instead: TPUs multiply fp32 in one bf16 pass by default
@@ -114,7 +114,7 @@ class Kernels:
         if op.kind == "attention":
             return flops / (peak * self.attention[1 if backward else 0])
         efficiency = table.at(op.flops) * self.fill(op.rows, op.columns, op.depth)
-        slow = self.grouped if isinstance(op.groups, (int, float)) and op.groups > 1 else 1.0
+        slow = where(op.groups > 1, self.grouped, 1.0)
         return flops * slow / (peak * efficiency)
 
     def forward_s(self, op: Op) -> Number:

@@ -36,10 +36,10 @@ class Rate:
     message takes the fastest, so that time is concave in bytes and the line is never too low.
     """
 
-    latency_s: float
-    seconds_per_byte: float
+    latency_s: Number
+    seconds_per_byte: Number
     level: str
-    smaller: tuple[tuple[float, float], ...] = ()
+    smaller: tuple[tuple[Number, Number], ...] = ()
 
     def seconds(self, bytes_: Number) -> Number:
         """Seconds for `bytes_`, a number or an array; nothing to send takes no time."""
@@ -59,7 +59,7 @@ class Network:
         self.cluster = cluster
         self._rates: dict[tuple[str, int, int, float], Rate] = {}
 
-    def rate(self, kind: str, size: int, stride: int, between: float = 1.0) -> Rate:
+    def rate(self, kind: str, size: Number, stride: Number, between: Number = 1.0) -> Rate:
         """The line of `kind` for a group of `size` members `stride` apart (see `collective_rate`)."""
         key = (kind, size, stride, between)
         found = self._rates.get(key)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from simulator.job.model import Attention, Lstm
-from simulator.numbers import Number, maximum
+from simulator.numbers import Number, maximum, where
 from simulator.workload.habits import Habits
 from simulator.workload.ops import Comm, LayerWork, Op, add_casts, product, stream
 
@@ -52,8 +52,8 @@ def executed_keys(a: Attention, keys: int, causal: bool, habits: Habits) -> floa
     return whole
 
 
-def is_dense(habits: Habits, queries: float) -> bool:
-    """Whether all scores of a sequence are there at once."""
+def is_dense(habits: Habits, queries: Number) -> Number:
+    """Whether all scores of a sequence are there at once; a column of them where `queries` is one."""
     return habits.attention == "dense" or (habits.attention == "blocks" and queries <= habits.attention_block)
 
 
@@ -79,14 +79,12 @@ def core_attention(
     width = habits.activation_bytes
     io = (tokens * heads * (d_qk + d_v) + sequences * keys * kv * (d_qk + d_v)) * width
     saved = tokens * heads * d_v * habits.saved_result_bytes + 4 * tokens * heads
-    extra = 0.0
-    backward = habits.attention_backward
     scores = tokens * heads * executed_keys(a, keys, causal, habits) * width
-    if is_dense(habits, queries):
-        # S x S logits and probabilities: written and read once each way; the probabilities stay for the backward pass.
-        extra, saved, backward = 4 * scores, saved + scores, 2.0
-    elif habits.attention == "blocks":
-        extra = 4 * scores
+    # S x S logits and probabilities: written and read once each way; the probabilities stay for the backward pass.
+    dense = is_dense(habits, queries)
+    backward = where(dense, 2.0, habits.attention_backward)
+    saved = saved + where(dense, scores, 0.0)
+    extra = 4 * scores if habits.attention == "blocks" else where(dense, 4 * scores, 0.0)
     return Op(
         scope,
         "core_attention",

@@ -11,7 +11,7 @@ from typing import Any
 from simulator.job.job import Job
 from simulator.job.model import Ffn, Moe
 from simulator.job.rules import group_tokens
-from simulator.numbers import Number
+from simulator.numbers import Number, some, where
 from simulator.workload.attention import tensor_collectives
 from simulator.workload.habits import Habits
 from simulator.workload.ops import Comm, LayerWork, Op, add_casts, product, stream
@@ -113,12 +113,18 @@ def ffn_work(
     tensor_collectives(work, prefix, tokens * hidden * habits.activation_bytes)
 
 
-def slots_of(job: Job, moe: Moe, sequence: int, microbatch_tokens: int) -> Slots | None:
-    """Capacity of `moe` for the job; None when dropless."""
+def slots_of(job: Job, moe: Moe, sequence: int, microbatch_tokens: Number) -> Slots | None:
+    """Capacity of `moe` for the job, in columns where the microbatch's tokens are one; None when dropless."""
     capacity = job.training.capacity
     if capacity == "dropless":
         return None
-    return capacity_slots(capacity, moe, group_tokens(capacity, sequence, microbatch_tokens))
+    if isinstance(microbatch_tokens, int):
+        return capacity_slots(capacity, moe, group_tokens(capacity, sequence, microbatch_tokens))
+    import numpy as np
+
+    sizes, at = np.unique(microbatch_tokens, return_inverse=True)
+    each = [capacity_slots(capacity, moe, group_tokens(capacity, sequence, int(n))) for n in sizes]
+    return Slots(*(np.array([getattr(s, name) for s in each])[at] for name in Slots.__slots__))
 
 
 def moe_work(
@@ -231,8 +237,9 @@ def moe_work(
     if habits.own:
         whole = routed_tokens * row_bytes
         work.comms.append(Comm(f"{prefix}.expert_tensor_gather", "sum", "expert_tensor", whole, 1, 1))
-        if split_tokens > 1 and not job.plan.sequence_parallel:
-            work.comms.append(Comm(f"{prefix}.combine", "all_gather", "tensor", tokens * row_bytes, 1, 1))
+        if some(split_tokens > 1) and not job.plan.sequence_parallel:
+            joined = where(split_tokens > 1, tokens * row_bytes, 0.0)
+            work.comms.append(Comm(f"{prefix}.combine", "all_gather", "tensor", joined, 1, 1))
     else:
         gathered = rows * row_bytes
         work.comms.append(Comm(f"{prefix}.expert_tensor_gather", "tensor", "expert_tensor", gathered, 1, 1, 1, hot))

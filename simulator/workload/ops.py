@@ -32,7 +32,7 @@ class Op:
     depth: Number = 1
     groups: Number = 1
     dtype: str = ""
-    backward: float = 2.0
+    backward: Number = 2.0
     backward_bytes: Number = 0.0
     saved_bytes: Number = 0.0
     hot: bool = False

@@ -21,9 +21,9 @@ from simulator.numbers import Number, maximum, minimum
 class Slots:
     """Capacity of one expert for one group of `group` tokens, and the tokens it drops by chance."""
 
-    group: int
-    per_expert: int
-    dropped_fraction: float
+    group: Number
+    per_expert: Number
+    dropped_fraction: Number
 
 
 def capacity_slots(capacity: Capacity, moe: Moe, group: int) -> Slots:

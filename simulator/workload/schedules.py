@@ -13,8 +13,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
-from simulator.numbers import Number, maximum, minimum
+from simulator.numbers import Number, largest, maximum, minimum, where
 from simulator.workload.orders import BACKWARD, FORWARD, INPUT, ORDERS, WEIGHT, Action, model_stage
 
 
@@ -55,24 +56,23 @@ class StageTimes:
         return self.forward + self.backward_input + self.backward_weight
 
 
-def in_flight(schedule: str, stage: int, stages: int, microbatches: int, virtual: int) -> float:
-    """Microbatches (of the whole stage) whose activations stage `stage` keeps at its fullest.
+def in_flight(schedule: str, stage: Number, stages: Number, microbatches: Number, virtual: Number) -> Number:
+    """Microbatches (of the whole stage) whose activations stage `stage` keeps at its fullest; later stages keep no more.
 
     Interleaved counts chunks: (P - p - 1) 2 + (V - 1) P + 1 of M V chunks, each 1/V of the stage
     (Megatron-LM's warm-up).
     """
-    if stages == 1:
-        return 1.0
+    most: Number = stages - stage
     if schedule == "gpipe":
-        return float(microbatches)
-    if schedule == "interleaved":
-        return min(microbatches * virtual, 2 * (stages - stage - 1) + (virtual - 1) * stages + 1) / virtual
-    if schedule == "dualpipe":
-        return float(min(microbatches, stages + 1))
-    if schedule == "zb-h1":
+        most = microbatches
+    elif schedule == "interleaved":
+        most = (2 * (stages - stage - 1) + (virtual - 1) * stages + 1) / virtual
+    elif schedule == "dualpipe":
+        most = stages + 1
+    elif schedule == "zb-h1":
         # Weight gradients run late: a stage keeps what 1F1B's first stage does.
-        return float(min(microbatches, stages))
-    return float(min(microbatches, stages - stage))
+        most = stages
+    return where(stages == 1, 1.0, minimum(microbatches, most) * 1.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +87,7 @@ class _Program:
     devices: int
 
 
+_PLAIN = (int, float)
 _PASS = {FORWARD: 0, BACKWARD: 1, INPUT: 2, WEIGHT: 3}
 _Made = tuple[bool, int, int, int]
 
@@ -136,10 +137,11 @@ def _reads(
     return tuple(passes), makes, needs
 
 
-def pipeline_time(schedule: str, times: list[StageTimes], microbatches: int, virtual: int, hop: Number) -> Number:
+def pipeline_time(schedule: str, times: list[StageTimes], microbatches: Number, virtual: int, hop: Number) -> Number:
     """Seconds from the first forward to the end of the last backward, gradient reduction excluded.
 
-    `times` are those of each model stage in the order of its layers (for interleaved: P V of them).
+    `times` are those of each model stage in the order of its layers (for interleaved: P V of them). Microbatches in
+    columns must agree on how many are walked, min(M, 2P); ValueError otherwise.
     """
     stages = len(times) // virtual
     if stages == 1:
@@ -147,17 +149,64 @@ def pipeline_time(schedule: str, times: list[StageTimes], microbatches: int, vir
     if schedule == "gpipe":
         forwards, backwards = [t.forward for t in times], [t.backward_input + t.backward_weight for t in times]
         more = microbatches - 1
-        rest = sum(backwards) + more * _max(backwards) + 2 * hop * (stages - 1)
-        return sum(forwards) + more * _max(forwards) + rest
-    walked = min(microbatches, 2 * stages)
+        rest = sum(backwards) + more * largest(backwards) + 2 * hop * (stages - 1)
+        return sum(forwards) + more * largest(forwards) + rest
+    walked = _walked(microbatches, stages)
     if schedule == "dualpipe":
         # Every device runs the forward of either copy together with a backward of the other.
         twins = [(times[i], times[stages - 1 - i]) for i in range(stages // 2)]
-        busiest = _max([(_together(a, b) + _together(b, a)) / 2 for a, b in twins])
+        busiest = largest([(_together(a, b) + _together(b, a)) / 2 for a, b in _distinct(twins)])
     else:
-        busiest = _max([sum(times[v * stages + p].total for v in range(virtual)) for p in range(stages)])
-    path = _walk(_program(schedule, stages, walked, virtual), times, hop)
+        held = [tuple(times[v * stages + p] for v in range(virtual)) for p in range(stages)]
+        busiest = largest([sum(t.total for t in own) for own in _distinct(held)])
+    if any(not isinstance(t.forward, _PLAIN) for t in times):
+        path = _walk_columns(schedule, stages, walked, virtual, times, hop)
+    else:
+        path = _walk(_program(schedule, stages, walked, virtual), times, hop)
     return path + (microbatches - walked) * busiest
+
+
+def _walked(microbatches: Number, stages: int) -> int:
+    """Microbatches that are walked, the same for all rows."""
+    if isinstance(microbatches, int):
+        return min(microbatches, 2 * stages)
+    least, most = (int(min(m, 2 * stages)) for m in (microbatches.min(), microbatches.max()))
+    if least != most:
+        raise ValueError(f"columns walk {least} to {most} microbatches of {stages} stages together")
+    return most
+
+
+@lru_cache(maxsize=64)
+def _steps(schedule: str, stages: int, microbatches: int, virtual: int) -> Any:
+    from simulator.workload.walks import compile_steps
+
+    return compile_steps(_program(schedule, stages, microbatches, virtual).actions, stages)
+
+
+def _walk_columns(
+    schedule: str, stages: int, walked: int, virtual: int, times: list[StageTimes], hop: Number
+) -> Number:
+    """The walk of many plans; equal stages share their columns."""
+    from simulator.workload.walks import walk_columns
+
+    known: dict[tuple[tuple[int, int], ...], Number] = {}
+
+    def duration(passes: tuple[tuple[int, int], ...]) -> Number:
+        key = tuple((kind, id(times[stage])) for kind, stage in passes)
+        if key not in known:
+            own = [(kind, times[stage]) for kind, stage in passes]
+            length: Number = sum(_length(t, kind) for kind, t in own)
+            known[key] = length if own[0][1].beside is None else length + _shown(own)
+        return known[key]
+
+    rows = max(getattr(t.forward, "size", 1) for t in times)
+    return walk_columns(_steps(schedule, stages, walked, virtual), duration, hop, rows)
+
+
+def _length(times: StageTimes, kind: int) -> Number:
+    """Seconds of one pass of a stage, by its index in `_PASS`."""
+    backward, weight = times.backward_input, times.backward_weight
+    return (times.forward, backward + weight, backward, weight)[kind]
 
 
 def _walk(program: _Program, times: list[StageTimes], hop: Number) -> Number:
@@ -175,7 +224,7 @@ def _walk(program: _Program, times: list[StageTimes], hop: Number) -> Number:
             begin = begin + _shown([(kind, times[stage]) for kind, stage in passes])
         clock[device] = begin
         ends.append(begin)
-    return _max(clock)
+    return largest(clock)
 
 
 def _together(forward: StageTimes, backward: StageTimes) -> Number:
@@ -204,8 +253,6 @@ def _shown(passes: list[tuple[int, StageTimes]]) -> Number:
     return hidden(communication, compute, slow)
 
 
-def _max(values: list[Number]) -> Number:
-    out = values[0]
-    for value in values[1:]:
-        out = maximum(out, value)
-    return out
+def _distinct(held: list[tuple[StageTimes, ...]]) -> list[tuple[StageTimes, ...]]:
+    """Each combination of stages once, by identity: equal stages share their record."""
+    return list({tuple(map(id, own)): own for own in held}.values())

@@ -13,7 +13,7 @@ from simulator.job.job import Job, RematPolicy
 from simulator.job.layout import Chunk
 from simulator.job.model import Layer, Model, Moe
 from simulator.job.rules import Degrees
-from simulator.numbers import Number
+from simulator.numbers import Number, largest, minimum, where
 from simulator.workload.attention import attention_work, lstm_work
 from simulator.workload.feedforward import ffn_work, moe_work, slots_of
 from simulator.workload.habits import Habits
@@ -56,6 +56,12 @@ class Workload:
     pieces: list[Piece]
     counts: list[list[int]] = field(default_factory=list)
     chunk_counts: list[list[list[int]]] = field(default_factory=list)
+
+    def held_counts(self, stage: int, schedule: str) -> tuple[tuple[int, ...], ...]:
+        """How many of each piece `stage` holds; under DualPipe also those of its mirrored twin."""
+        own = tuple(self.counts[stage])
+        mirrored = schedule == "dualpipe" and len(self.counts) > 1
+        return (own, tuple(self.counts[-1 - stage])) if mirrored else (own,)
 
 
 def recompute_names(job: Job) -> set[str] | None:
@@ -134,7 +140,7 @@ class _Builder:
         p = layer_parameters(layer, model)
         split = (p.mixer + p.cross_attention + p.ffn + p.shared) / d.tensor + p.router + p.norms
         piece = Piece(name, work, split, p.routed / (d.expert * d.expert_tensor))
-        widths = [layer.ffn.hidden / d.tensor] if layer.ffn else []
+        widths: list[Number] = [layer.ffn.hidden / d.tensor] if layer.ffn else []
         if layer.moe is not None:
             self._moe(piece, prefix, layer, length, tokens, stream_tokens)
             widths.append(layer.moe.expert.hidden * layer.moe.experts / (d.expert * d.expert_tensor))
@@ -143,19 +149,19 @@ class _Builder:
             copied = p.norms + p.router if self.job.plan.sequence_parallel else p.router
             split = self.job.plan.sequence_parallel or d.expert_tensor < d.tensor
             a = layer.attention
-            if a is not None and a.mla is None and a.kv % d.tensor:
-                copied += 2 * h * a.kv * a.head_dim
+            if a is not None and a.mla is None:
+                copied = copied + where(a.kv % d.tensor != 0, 2 * h * a.kv * a.head_dim, 0)
             work.comms.append(Comm(f"{prefix}.attention.norm", "all_reduce", "tensor", 4 * copied * split, 0, 1))
         if habits.each_array:
             piece.dense_calls, piece.expert_calls = layer_tensors(layer, model)
-        piece.largest_matrix = h * max([*widths, h / d.tensor])
+        piece.largest_matrix = h * largest([*widths, h / d.tensor])
         return piece
 
     def _moe(self, piece: Piece, prefix: str, layer: Layer, length: int, tokens: Number, stream_tokens: Number) -> None:
         d, moe = self.degrees, layer.moe
         assert moe is not None
         # Tensor ranks that do not split the experts' hidden size split the tokens instead (Megatron's folding).
-        token_split = d.tensor if self.job.plan.sequence_parallel else d.tensor / min(d.tensor, d.expert_tensor)
+        token_split = d.tensor if self.job.plan.sequence_parallel else d.tensor / minimum(d.tensor, d.expert_tensor)
         routed = tokens / token_split
         whole = self.sequences * length * d.data
         arriving = whole * moe.top_k / (d.expert * d.expert_data)
@@ -252,33 +258,32 @@ class _Builder:
 
 
 def build_workload(job: Job, degrees: Degrees, habits: Habits) -> Workload:
-    """All pieces of `job` and their counts per stage."""
+    """All pieces of `job` and their counts per stage; without counts where degrees in columns differ in their stages."""
     model: Model = job.model
     builder = _Builder(job, degrees, habits)
     encoder, decoder = job.batch.encoder_length, job.batch.decoder_length
     pieces: list[Piece] = []
-    index: dict[int, int] = {}
-    order: list[int] = []
     for stack, layers, length in (
         ("encoder", model.encoder_layers, encoder),
         ("decoder", model.decoder_layers, decoder),
     ):
-        for layer in layers:
-            if id(layer) not in index:
-                index[id(layer)] = len(pieces)
-                kinds = sum(1 for p in pieces if p.name.startswith(stack))
-                name = stack if kinds == 0 else f"{stack}[{kinds}]"
-                pieces.append(builder.layer(name, layer, length, encoder or length))
-            order.append(index[id(layer)])
-    embedding = len(pieces)
+        for i, layer in enumerate({id(x): x for x in layers}.values()):
+            pieces.append(builder.layer(f"{stack}[{i}]" if i else stack, layer, length, encoder or length))
     pieces.append(builder.embedding([x for x in (encoder, decoder) if x]))
-    pieces.append(builder.head(decoder, tied=model.tied_embeddings and degrees.pipeline == 1))
+    pieces.append(builder.head(decoder, tied=model.tied_embeddings and not degrees.pipelined))
     if model.mtp_layers:
         pieces.append(builder.mtp(decoder))
-    every = range(len(pieces))
-    chunk_counts = [[[_count(c, order, i, embedding) for i in every] for c in chunks] for chunks in degrees.chunks]
-    counts = [[sum(c[i] for c in chunks) for i in every] for chunks in chunk_counts]
+    chunk_counts = count_pieces(model, degrees.chunks)
+    counts = [[sum(each) for each in zip(*chunks, strict=True)] for chunks in chunk_counts]
     return Workload(pieces, counts, chunk_counts)
+
+
+def count_pieces(model: Model, chunks: tuple[tuple[Chunk, ...], ...]) -> list[list[list[int]]]:
+    """How many of each piece every chunk of every stage runs: kinds of layers, embedding, head, MTP modules."""
+    kinds: dict[int, int] = {}
+    order = [kinds.setdefault(id(x), len(kinds)) for x in (*model.encoder_layers, *model.decoder_layers)]
+    every = range(len(kinds) + (3 if model.mtp_layers else 2))
+    return [[[_count(c, order, i, len(kinds)) for i in every] for c in own] for own in chunks]
 
 
 def _count(chunk: Chunk, order: list[int], piece: int, embedding: int) -> int:
