@@ -13,6 +13,7 @@ from hw_profiles.cluster_spec import ClusterSpec, check_keys, is_rack_scale
 from hw_profiles.errors import QuestionError, nearest
 from hw_profiles.overrides import apply_overrides, quantities
 from hw_profiles.schema import Chip, Record, ScaleOut, ScaleUp
+from hw_profiles.sharing import at_work
 from hw_profiles.slices import Slice, all_slices, find_slice, missing_slice, slice_by_name
 from hw_profiles.validation import validate
 from hw_profiles.yaml_reader import read_yaml
@@ -154,6 +155,7 @@ def resolve_cluster(
     if chip.kind == "cpu":
         assert parsed.devices is not None
         text = description or f"{parsed.devices} devices in the memory of one host"
+        chip = at_work(chip, parsed.devices)
         level = _scale_up(chip, "host memory", parsed.devices)
         return Cluster(
             name or f"{chip.name}-{parsed.devices}", text, chip, parsed.devices, parsed.devices, None, 1, (level,)

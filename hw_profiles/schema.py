@@ -65,6 +65,53 @@ class Curve(Record):
         return self
 
 
+class OpClass(Record):
+    """What a pass of one class of ops takes in a step, as multiples of what the roofline says of it.
+
+    seconds = `launches` x kernel overhead + `arithmetic` x its arithmetic alone + `traffic` x its memory traffic alone.
+    Fitted on traced steps (docs/calibration.md). `together` says that the data could not tell these apart, and one
+    factor was fitted. `sizes` are the smallest and largest roofline seconds of one op that were fitted; `residuals` are
+    quantiles of measured/modelled time when a job is left out of the fit.
+    """
+
+    launches: Annotated[float, Field(ge=0)]
+    arithmetic: Annotated[float, Field(ge=0)]
+    traffic: Annotated[float, Field(ge=0)]
+    together: bool = False
+    sizes: tuple[PositiveFloat, PositiveFloat]
+    residuals: dict[Literal["p10", "p50", "p90"], PositiveFloat]
+    rows: int
+    jobs: int
+
+
+class Sharing(Record):
+    """By how much each of `devices` at work at once is slower than the profile says, since they share a host.
+
+    Factors of time: of compute, of memory traffic, of a collective's start, and of a byte on the wire.
+    """
+
+    devices: Annotated[int, Field(ge=1)]
+    compute: PositiveFloat
+    memory: PositiveFloat
+    start: PositiveFloat
+    wire: PositiveFloat
+
+
+class StepSpread(Record):
+    """How far whole steps were from forecasts that had not seen them: what a calibrated forecast's interval is made of.
+
+    A forecast's own spread is the root of the sum over op classes of (share of the step x spread of the class)^2, each
+    doubled for every decade outside the sizes that were fitted. The interval is `quantile` of these spreads, about
+    `centre` times the forecast; `covered` is the share of `steps` left-out steps within it.
+    """
+
+    centre: PositiveFloat
+    quantile: Annotated[float, Field(ge=0)]
+    floor: Annotated[float, Field(ge=0)]
+    steps: int
+    covered: Annotated[float, Field(ge=0, le=1)]
+
+
 class Tile(Record):
     """Granularity of the matrix unit: dimensions of a product are padded up to multiples of these."""
 
@@ -185,7 +232,8 @@ class Chip(Record):
     """One accelerator, as sold (a chip), with what one JAX device of it has.
 
     All numbers are per chip; a JAX device is `1 / devices_per_chip` of it (TPU v2, v3 and 7x have two).
-    A peak that is not listed does not exist on the chip; a price that is not listed is not known.
+    A peak that is not listed does not exist on the chip; a price that is not listed is not known. `op_classes`,
+    `sharing` and `step_spread` are there once a profile has been calibrated on steps that really ran.
     """
 
     name: str
@@ -210,6 +258,9 @@ class Chip(Record):
     overlap_slowdown: Quantity
     power_tdp_w: Quantity | None = None
     prices: tuple[Price, ...] = ()
+    op_classes: dict[str, OpClass] = {}
+    sharing: tuple[Sharing, ...] = ()
+    step_spread: StepSpread | None = None
     notes: str | None = None
 
     @model_validator(mode="after")

@@ -12,9 +12,9 @@ from simulator.kernels.roofline import Kernels
 from simulator.network.collectives import Network, Rate
 from simulator.numbers import Number, maximum, minimum, some, where
 from simulator.workload.habits import Habits
-from simulator.workload.memory import is_recomputed, offloaded_bytes
 from simulator.workload.ops import Comm, Op
 from simulator.workload.routing import distinct_domains
+from simulator.workload.saved import is_recomputed, offloaded_bytes
 from simulator.workload.stages import Piece, offload_names, recompute_names
 
 
@@ -151,7 +151,7 @@ class Timer:
         k = self.kernels
         forward, backward = k.forward_s(op), k.backward_s(op)
         again = out.piece.is_layer and is_recomputed(op, self.names) and not op.dead_on_recompute
-        recompute = forward if again else 0.0
+        recompute = k.recompute_s(op) if again else 0.0
         out.forward_s = out.forward_s + forward
         out.forward_kernels += 1
         out.input_kernels += 2 if again else 1

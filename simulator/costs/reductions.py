@@ -109,4 +109,4 @@ class StateCosts:
         h = self.habits
         second = 0.0 if h.factored_second_moment else h.second_moment_bytes
         each = h.gradient_bytes + 2 * (h.first_moment_bytes + second + h.master_bytes) + 2 * h.parameter_bytes
-        return self.kernels.stream_s(each * (dense / s.dense + expert / s.expert))
+        return self.kernels.stream_s(each * (dense / s.dense + expert / s.expert), "optimizer.update")

@@ -24,7 +24,7 @@ SUBLAYERS: dict[str, tuple[str, ...]] = {
 
 ENDS = (
     "embedding.lookup", "embedding.exchange", "embedding.tensor_reduce", "logits.norm", "logits.product", "logits.loss",
-    "logits.tensor_reduce", "mtp.projection", "optimizer.update", "step.sums",
+    "logits.tensor_reduce", "mtp.projection", "layers.saved", "optimizer.update", "step.sums",
 )  # fmt: skip
 
 # Collectives on weights and gradients, whole stages at once; the piece that is gathered stands before the name.

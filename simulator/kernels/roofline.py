@@ -13,7 +13,8 @@ from math import log10 as _log10
 from typing import Any
 
 from hw_profiles.errors import QuestionError
-from hw_profiles.schema import Chip, Curve
+from hw_profiles.schema import Chip, Curve, OpClass
+from simulator.job.scopes import STACKS
 from simulator.numbers import Number, ceil, log10, maximum, where
 from simulator.workload.ops import Op
 
@@ -57,8 +58,17 @@ class CurveTable:
         return ys[i - 1] + (ys[i] - ys[i - 1]) * (x - xs[i - 1]) / (xs[i] - xs[i - 1])
 
 
+FORWARD, RECOMPUTE, BACKWARD = "forward", "recompute", "backward"
+
+
+def class_of(scope: str) -> str:
+    """The class of an op: its scope without the stack (`decoder.moe.experts.up` and the encoder's are one)."""
+    stack, _, rest = scope.partition(".")
+    return rest if stack in STACKS else scope
+
+
 class Kernels:
-    """The time model of one device of a chip."""
+    """The time model of one device of a chip; a calibrated one knows what classes of ops really take."""
 
     def __init__(self, chip: Chip) -> None:
         self.chip = chip
@@ -69,6 +79,7 @@ class Kernels:
         self.grouped = e.grouped_slowdown.value
         self.attention = (e.attention_forward.value, e.attention_backward.value)
         self._ready: dict[str, tuple[float, CurveTable]] = {}
+        self._classes = chip.op_classes
 
     def runs_as(self, dtype: str) -> str:
         """The number format in which the chip runs `dtype`."""
@@ -119,22 +130,49 @@ class Kernels:
 
     def forward_s(self, op: Op) -> Number:
         """Seconds of the forward pass of `op`."""
+        if self._classes:
+            known = self._classes.get(f"{class_of(op.scope)}:{FORWARD}")
+            if known is not None:
+                return self._classed(known, *self.terms(op, FORWARD))
         memory = op.bytes / self.bytes_per_s
         if op.kind == "memory":
             return memory + self.overhead_s
         return maximum(self.arithmetic_s(op, op.flops), memory) + self.overhead_s
 
+    def recompute_s(self, op: Op) -> Number:
+        """Seconds of the forward pass of `op` when the backward pass makes its result again."""
+        known = self._classes.get(f"{class_of(op.scope)}:{RECOMPUTE}") if self._classes else None
+        return self.forward_s(op) if known is None else self._classed(known, *self.terms(op, RECOMPUTE))
+
     def backward_s(self, op: Op) -> Number:
         """Seconds of the backward pass of `op`; a product runs one kernel per gradient."""
+        if self._classes:
+            known = self._classes.get(f"{class_of(op.scope)}:{BACKWARD}")
+            if known is not None:
+                return self._classed(known, *self.terms(op, BACKWARD))
         memory = op.backward_bytes / self.bytes_per_s
         if op.kind == "memory":
             return memory + self.overhead_s
         kernels = op.backward if op.kind == "matmul" else 1.0
         return maximum(self.arithmetic_s(op, op.flops * op.backward, True), memory) + kernels * self.overhead_s
 
-    def stream_s(self, bytes_: Number) -> Number:
-        """Seconds to move `bytes_` to or from device memory."""
-        return bytes_ / self.bytes_per_s + self.overhead_s
+    def terms(self, op: Op, phase: str) -> tuple[Number, Number, Number]:
+        """What a pass of `op` is made of: seconds of launches, of arithmetic alone, of memory traffic alone."""
+        back = phase == BACKWARD
+        kernels = op.backward if back and op.kind == "matmul" else 1.0
+        flops = op.flops * op.backward if back else op.flops
+        arithmetic = 0.0 if op.kind == "memory" else self.arithmetic_s(op, flops, back)
+        return kernels * self.overhead_s, arithmetic, (op.backward_bytes if back else op.bytes) / self.bytes_per_s
+
+    @staticmethod
+    def _classed(known: OpClass, launches: Number, arithmetic: Number, traffic: Number) -> Number:
+        return known.launches * launches + known.arithmetic * arithmetic + known.traffic * traffic
+
+    def stream_s(self, bytes_: Number, scope: str = "") -> Number:
+        """Seconds to move `bytes_` to or from device memory; `scope` names what does it."""
+        known = self._classes.get(f"{class_of(scope)}:{FORWARD}") if self._classes else None
+        traffic = bytes_ / self.bytes_per_s
+        return traffic + self.overhead_s if known is None else self._classed(known, self.overhead_s, 0.0, traffic)
 
     def bound(self, op: Op, backward: bool = False) -> str:
         """What limits a pass: compute, memory or overhead."""

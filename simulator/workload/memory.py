@@ -18,7 +18,7 @@ from simulator.job.rules import Degrees
 from simulator.numbers import Number, largest, maximum, minimum, where
 from simulator.results.forecast import StageMemory
 from simulator.workload.habits import Habits
-from simulator.workload.ops import Op
+from simulator.workload.saved import is_recomputed, saved_bytes
 from simulator.workload.schedules import in_flight
 from simulator.workload.stages import Piece, Workload, offload_names, recompute_names
 
@@ -36,28 +36,6 @@ class Shards:
         d = degrees
         copies = d.shard * d.tensor // (d.expert * d.expert_tensor)
         return Shards(d.shard, where(d.shard > 1, maximum(1, minimum(d.expert_data, copies)), 1))
-
-
-def is_recomputed(op: Op, names: set[str] | None) -> bool:
-    """Whether the policy makes the result of `op` again; None names everything."""
-    return names is None or op.remat in names
-
-
-def saved_bytes(piece: Piece, names: set[str] | None, offload: set[str]) -> Number:
-    """Bytes of a piece that wait on the device for its backward pass, one microbatch."""
-    if not piece.is_layer:
-        return sum(op.saved_bytes for op in piece.work.ops)
-    kept: Number = 0.0 if "layer_input" in offload else piece.work.boundary_bytes
-    for op in piece.work.ops:
-        if not is_recomputed(op, names) and op.remat not in offload:
-            kept = kept + op.saved_bytes
-    return kept
-
-
-def offloaded_bytes(piece: Piece, offload: set[str]) -> Number:
-    """Bytes of a piece that wait in host memory, one microbatch."""
-    out = sum(op.saved_bytes for op in piece.work.ops if op.remat in offload)
-    return out + (piece.work.boundary_bytes if "layer_input" in offload and piece.is_layer else 0.0)
 
 
 def optimizer_bytes(habits: Habits, dense: Number, expert: Number, hidden: int, shards: Shards) -> Number:

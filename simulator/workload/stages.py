@@ -20,6 +20,7 @@ from simulator.workload.habits import Habits
 from simulator.workload.ops import Comm, LayerWork, product, stream
 from simulator.workload.parameters import layer_parameters, norm_parameters
 from simulator.workload.routing import Slots
+from simulator.workload.saved import saved_bytes
 from simulator.workload.tensors import layer_tensors, norm_tensors
 
 
@@ -154,6 +155,10 @@ class _Builder:
             work.comms.append(Comm(f"{prefix}.attention.norm", "all_reduce", "tensor", 4 * copied * split, 0, 1))
         if habits.each_array:
             piece.dense_calls, piece.expert_calls = layer_tensors(layer, model)
+            # XLA:CPU clears the stacks of what a scan over layers saves before it fills them, and copies them out.
+            kept = saved_bytes(piece, recompute_names(self.job), offload_names(self.job))
+            work.ops.append(stream("layers.saved", "layer_input", 2 * kept, kept))
+            work.ops[-1].dead_on_recompute = True
         piece.largest_matrix = h * largest([*widths, h / d.tensor])
         return piece
 
