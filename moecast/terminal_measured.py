@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from reports import units
 
 if TYPE_CHECKING:
-    from simulator.results.measurement import Measurement, MeasurementTable
+    from simulator.results.measurement import MeasurementTable
 
 MOST_SCOPES = 12
 
@@ -58,7 +58,7 @@ def _steps(table: MeasurementTable) -> Any:
             start = row.id.removesuffix("step")
             ops = [r for r in table.rows if r.kind == "op" and r.id.startswith(start) and r.name != "window"]
             total = sum(r.seconds or 0 for r in ops) or 1
-            waited = sum(_waited(r) for r in ops) / total
+            waited = sum(r.waited_s for r in ops) / total
             gaps = sum(r.seconds or 0 for r in ops if r.name == "gaps") / total
             out.add_row(
                 start.rstrip(":"), units.seconds(row.seconds or 0), units.seconds(row.p10_s or 0),
@@ -66,10 +66,6 @@ def _steps(table: MeasurementTable) -> Any:
                 *((f"{1 - waited - gaps:.0%}", f"{waited:.0%}", f"{gaps:.0%}") if ops else ("", "", "")),
             )  # fmt: skip
     return out
-
-
-def _waited(row: Measurement) -> float:
-    return float(row.note.split()[1]) if row.note.startswith("waited ") else 0.0
 
 
 def _scopes(table: MeasurementTable) -> Any:

@@ -97,19 +97,22 @@ def check_program(found: Execution, program: Program, where: str) -> None:
                 raise WorkFailed(f"{where}: has an instruction {event.op!r:.60} that the job's program has not")
 
 
-def shares(found: Execution, program: Program) -> dict[int, dict[tuple[str, str], Share]]:
-    """Per device the seconds of every (scope, pass), and of the gaps between instructions as (`gaps`, '')."""
+Part = tuple[str, str, bool]
+
+
+def shares(found: Execution, program: Program) -> dict[int, dict[Part, Share]]:
+    """Per device the seconds of every (scope, pass, whether of a collective), and the gaps as (`gaps`, '', False)."""
     arrivals = _arrivals(found, program)
-    out: dict[int, dict[tuple[str, str], Share]] = {}
+    out: dict[int, dict[Part, Share]] = {}
     for device, events in found.devices.items():
         leaves = [e for e in events if program.place(e.op) is not None]
-        seconds: dict[tuple[str, str], float] = defaultdict(float)
-        waited: dict[tuple[str, str], float] = defaultdict(float)
-        calls: Counter[tuple[str, str]] = Counter()
+        seconds: dict[Part, float] = defaultdict(float)
+        waited: dict[Part, float] = defaultdict(float)
+        calls: Counter[Part] = Counter()
         for event, own in zip(leaves, partition(leaves), strict=True):
             place = program.place(event.op)
             assert place is not None
-            key = (place.scope, place.phase)
+            key = (place.scope, place.phase, place.collective is not None)
             seconds[key] += own
             calls[key] += 1
             if place.collective is not None:
@@ -118,7 +121,7 @@ def shares(found: Execution, program: Program) -> dict[int, dict[tuple[str, str]
         begin, end = found.window_ns(device)
         gaps = (end - begin) * 1e-9 - sum(seconds.values())
         out[device] = {k: Share(s, calls[k], waited[k]) for k, s in seconds.items()}
-        out[device][GAPS, ""] = Share(max(gaps, 0.0), max(1, len(leaves)))
+        out[device][GAPS, "", False] = Share(max(gaps, 0.0), max(1, len(leaves)))
     return out
 
 

@@ -21,8 +21,8 @@ import numpy as np
 from hw_profiles.errors import WorkFailed
 from hw_profiles.loader import resolve_cluster
 from simulator.job.rules import resolve
-from simulator.results.measurement import Measurement
-from trainer.attribution import Call, Program, Share, check_program, collective_calls, shares
+from simulator.results.measurement import NETWORK, Measurement
+from trainer.attribution import Call, Part, Program, Share, check_program, collective_calls, shares
 from trainer.batches import Placer
 from trainer.hlo import CompiledProgram, parse_module, read_program
 from trainer.hlo_memory import compile_lowered
@@ -150,7 +150,7 @@ def _traced(run: _Steps, count: int, name: str) -> tuple[Execution, ...]:
 def _trace_rows(
     maker: _Rows, executions: tuple[Execution, ...], index: Program, program: CompiledProgram, name: str
 ) -> list[Measurement]:
-    per_step: list[dict[int, dict[tuple[str, str], Share]]] = []
+    per_step: list[dict[int, dict[Part, Share]]] = []
     calls: list[Call] = []
     windows: dict[int, list[float]] = defaultdict(list)
     for one in executions:
@@ -199,26 +199,28 @@ class _Rows:
             for name, n in found.items()
         ]  # fmt: skip
 
-    def ops(self, steps: list[dict[int, dict[tuple[str, str], Share]]], program: CompiledProgram) -> list[Measurement]:
-        """A row per device, scope and pass: seconds in a step, waiting for other devices included and noted."""
+    def ops(self, steps: list[dict[int, dict[Part, Share]]], program: CompiledProgram) -> list[Measurement]:
+        """A row per device, scope and pass: seconds in a step; what a scope sends is a row of its own, and says what
+        part of it waited for other devices."""
         sent: dict[tuple[str, str], float] = defaultdict(float)
         for c in program.collectives:
             sent[c.scopes[0] if c.scopes else "unnamed", c.phase] += c.total_bytes
         out = []
         for device in sorted(steps[0]):
-            for scope, phase in sorted({key for step in steps for key in step.get(device, {})}):
-                found = [step[device][scope, phase] for step in steps if (scope, phase) in step.get(device, {})]
+            for part in sorted({key for step in steps for key in step.get(device, {})}):
+                scope, phase, sends = part
+                found = [step[device][part] for step in steps if part in step.get(device, {})]
                 seconds = [s.seconds for s in found]
                 if min(seconds) <= 0:
                     continue
                 waited = float(np.median([s.waited_s for s in found]))
                 out.append(
                     self._timed(
-                        scope, "op", seconds, f"{scope}.{phase or 'all'}@{device}", phase=phase, device=device,
-                        calls=float(np.median([s.calls for s in found])),
-                        flops=float(program.flops.by_scope.get(scope, {}).get(phase, 0)) or None,
-                        bytes=sent.get((scope, phase)) or None,
-                        note=f"waited {waited:.9f} s of it for other devices" if waited else "",
+                        scope, "op", seconds, f"{scope}.{phase or 'all'}{'.sent' if sends else ''}@{device}",
+                        phase=phase, device=device, calls=float(np.median([s.calls for s in found])),
+                        flops=None if sends else float(program.flops.by_scope.get(scope, {}).get(phase, 0)) or None,
+                        bytes=sent.get((scope, phase)) if sends else None, level=NETWORK if sends else "",
+                        note=f"waited {waited:.9f} s of it for other devices" if sends else "",
                     )
                 )  # fmt: skip
         return out

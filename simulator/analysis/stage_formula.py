@@ -156,9 +156,7 @@ class StageFormula:
         return (
             update
             + self._once(out, once, out.room_backward_s, overlap.gradients, layers)
-            + self._once(
-                out, self.costs.new_weights(dense, expert, out.calls), out.room_forward_s, overlap.parameters, layers
-            )
+            + self._once(out, gathers, out.room_forward_s, overlap.parameters, layers)
         )
 
     def _piece(self, out: StageResult, t: PieceTime, n: int, gathers: tuple[Number, Number], reduced: Number) -> _Shown:

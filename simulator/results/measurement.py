@@ -17,6 +17,8 @@ VERSION = 1
 # a shape. collective: one call. memory: bytes, not seconds. compiler-estimate: seconds that a compiler states.
 KINDS = ("step", "op", "kernel", "collective", "memory", "compiler-estimate")
 PASSES = ("", "forward", "recompute", "backward")
+# The level of an `op` row that is what its scope sends, waiting included; `waited_s` reads that from its note.
+NETWORK = "network"
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +59,12 @@ class Measurement:
     p90_s: float | None = None
     job_hash: str = ""
     note: str = ""
+
+    @property
+    def waited_s(self) -> float:
+        """Of an `op` row on the network: seconds of it that waited for other devices to arrive."""
+        words = self.note.split()
+        return float(words[1]) if self.level == NETWORK and words[:1] == ["waited"] else 0.0
 
 
 @dataclass(frozen=True, slots=True)

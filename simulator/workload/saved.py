@@ -1,4 +1,4 @@
-"""Which results wait for the backward pass, and where: what the remat policy keeps, makes again, or sends to the host."""
+"""Which results wait for the backward pass, and where: what remat keeps, makes again, or sends to the host."""
 
 from __future__ import annotations
 
