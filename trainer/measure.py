@@ -201,7 +201,8 @@ class _Rows:
 
     def ops(self, steps: list[dict[int, dict[Part, Share]]], program: CompiledProgram) -> list[Measurement]:
         """A row per device, scope and pass: seconds in a step; what a scope sends is a row of its own, and says what
-        part of it waited for other devices."""
+        part of it waited for other devices.
+        """
         sent: dict[tuple[str, str], float] = defaultdict(float)
         for c in program.collectives:
             sent[c.scopes[0] if c.scopes else "unnamed", c.phase] += c.total_bytes

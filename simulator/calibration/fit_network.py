@@ -1,0 +1,102 @@
+"""Fits the network of one host on collectives, alone (benchmarks) and as they ran in steps, by family.
+
+The model is the simulator's (network/collectives.py): a start, a time per step of the algorithm, and bytes on the wire
+over a share of the rate, plus the part that stays on the device. All are at least zero; the share is at most one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hw_profiles.schema import Chip, Quantity, Regime, Regimes, ScaleUp
+from hw_profiles.sharing import at_work
+from simulator.calibration.fit_machine import quantiles
+from simulator.network.collectives import PASSES
+
+FAMILIES = {"all_gather": "ring", "reduce_scatter": "ring", "all_reduce": "all_reduce", "all_to_all": "all_to_all"}
+FEWEST = 6
+# A collective as it runs in a step counts for more than one alone.
+IN_STEP = 3.0
+
+
+@dataclass(frozen=True)
+class Timed:
+    """One timed collective."""
+
+    kind: str
+    size: int
+    bytes: float
+    seconds: float
+    devices: int
+    in_step: bool
+
+
+def fit_network(chip: Chip, rows: Sequence[Timed], source: str, date: str) -> tuple[Chip, list[str]]:
+    """`chip` with its scale-up network fitted; a line for each family, and for what the rows cannot tell apart."""
+    notes: list[str] = []
+    if not any(r.kind in FAMILIES for r in rows):
+        return chip, notes
+    up = chip.scale_up
+    collectives = dict(up.collectives)
+    changes: dict[str, object] = {}
+    for family in ("ring", "all_reduce", "all_to_all"):
+        own = [r for r in rows if FAMILIES.get(r.kind) == family]
+        if len(own) < FEWEST:
+            notes.append(f"{family}: {len(own)} rows, at least {FEWEST} are needed: not fitted")
+            continue
+        start, step, share, stays, ratios, told = _fit(chip, own, family, changes)
+        notes.append(
+            f"{family}: start {start:.3g} us + {step:.3g} us a step, {share * chip.scale_up_bytes_per_s * 1e-9:.3g} GB/s"
+            f" on the wire; {len(own)} rows, measured/modelled {quantiles(ratios)['p10']:.2f} to"
+            f" {quantiles(ratios)['p90']:.2f}{told}"
+        )
+        unit = up.latency_us.value
+        collectives[family] = Regimes(  # type: ignore[index]
+            protocols=(Regime(start=start / unit, step=step / unit, share=1.0),), own=stays, source=source, date=date,
+            confidence="medium", residuals=quantiles(ratios), rows=len(own),
+        )  # fmt: skip
+        if family != "all_reduce":
+            name = "ring_efficiency" if family == "ring" else "all_to_all_efficiency"
+            changes[name] = Quantity(value=share, source=source, date=date, confidence="medium")
+    new: ScaleUp = up.model_copy(update={**changes, "collectives": collectives})
+    return chip.model_copy(update={"scale_up": new}), notes
+
+
+def _fit(
+    chip: Chip, rows: list[Timed], family: str, changes: dict[str, object]
+) -> tuple[float, float, float, float, list[float], str]:
+    """Start and step (us), share of the rate, cost of what stays; measured over modelled; what cannot be told apart."""
+    from scipy.optimize import least_squares
+
+    slow = [at_work(chip, r.devices) for r in rows]
+    starts = np.array([s.scale_up.latency_us.value / chip.scale_up.latency_us.value for s in slow])
+    rates = np.array([s.scale_up_bytes_per_s for s in slow])
+    hops = np.array([1.0 if family == "all_reduce" and r.size == 2 else r.size - 1.0 for r in rows])
+    bytes_ = np.array([r.bytes for r in rows])
+    size = np.array([float(r.size) for r in rows])
+    wire = np.array([PASSES.get(r.kind, 1.0) for r in rows]) * bytes_ * (size - 1) / size / rates
+    stays = bytes_ / size / rates
+    seconds = np.array([r.seconds for r in rows])
+    weights = np.sqrt([IN_STEP if r.in_step else 1.0 for r in rows])
+    # The ring's rate is the all-reduce's too: the simulator has one for both.
+    ring = changes.get("ring_efficiency")
+    fixed = 1 / ring.value if family == "all_reduce" and isinstance(ring, Quantity) else None
+
+    def model(x: NDArray[np.float64]) -> NDArray[np.float64]:
+        over = x[2] if fixed is None else fixed
+        return (x[0] + x[1] * hops) * 1e-6 * starts + over * (wire + x[3] * stays)
+
+    def off(x: NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.log(model(x) / seconds) * weights
+
+    several = len(set(hops.tolist())) > 1
+    low, high = [0.0, 0.0, 1.0, 0.0], [1e6, 1e6 if several else 1e-9, 1e6, 1e3]
+    guess = [float(np.median(seconds)) * 1e5, 0.1 if several else 0.0, 2.0, 0.1]
+    x = least_squares(off, np.clip(guess, low, high), bounds=(low, high), loss="soft_l1", x_scale=[10, 10, 1, 1]).x
+    told = "" if several else "; groups of one size only: start and steps cannot be told apart"
+    ratios = [float(r) for r in seconds / model(x)]
+    return float(x[0]), float(x[1]), 1 / float(x[2]) if fixed is None else 1 / fixed, float(x[3]), ratios, told

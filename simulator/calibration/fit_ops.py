@@ -1,0 +1,130 @@
+"""Fits what classes of ops take in a step, as multiples of their roofline terms; with residuals of left-out jobs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hw_profiles.schema import OpClass
+from simulator.calibration.terms import Pass, Terms
+
+# Jobs below which only one factor is fitted for a class.
+FEWEST_APART = 4
+# Terms whose parts of the time change together over the rows by this much cannot be told apart.
+ALIKE = 0.995
+# A class whose largest share of any step is below this is a detail: one factor is fitted.
+DETAIL = 0.002
+
+
+@dataclass(frozen=True)
+class Point:
+    """One job's seconds of a class and pass, and what the roofline says."""
+
+    job: str
+    seconds: float
+    terms: Terms
+
+
+def fit_class(points: Sequence[Point], share: float) -> OpClass:
+    """The class that fits `points` best; `share` is its largest share of a step. Residuals are of left-out jobs."""
+    x, together = _solve(points, share)
+    jobs = sorted({p.job for p in points})
+    ratios = []
+    for job in jobs:
+        rest = [p for p in points if p.job != job]
+        left = _solve(rest, share)[0] if rest else x
+        ratios += [p.seconds / max(predicted(left, p.terms), 1e-12) for p in points if p.job == job]
+    low, middle, high = (float(q) for q in np.quantile(ratios, (0.1, 0.5, 0.9)))
+    sizes = [max(p.terms.size_s, 1e-12) for p in points]
+    return OpClass(
+        launches=float(x[0]), arithmetic=float(x[1]), traffic=float(x[2]), together=together,
+        sizes=(min(sizes), max(sizes)), residuals={"p10": low, "p50": middle, "p90": high}, rows=len(points),
+        jobs=len(jobs),
+    )  # fmt: skip
+
+
+def predicted(x: Sequence[float] | NDArray[np.float64], terms: Terms) -> float:
+    """Seconds by multiples of launches, arithmetic and traffic."""
+    return float(x[0] * terms.launches_s + x[1] * terms.arithmetic_s + x[2] * terms.traffic_s)
+
+
+def _solve(points: Sequence[Point], share: float) -> tuple[NDArray[np.float64], bool]:
+    """Multiples of the terms, and whether one factor had to do for all."""
+    columns = np.array([[p.terms.launches_s, p.terms.arithmetic_s, p.terms.traffic_s] for p in points])
+    seconds = np.array([p.seconds for p in points])
+    one = _one_factor(columns, seconds)
+    if len({p.job for p in points}) < FEWEST_APART or share < DETAIL or _alike(columns):
+        return one, True
+    return _apart(columns, seconds, one), False
+
+
+def _one_factor(columns: NDArray[np.float64], seconds: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The median factor on launches + arithmetic + traffic, for all three."""
+    return np.full(3, float(np.median(seconds / np.maximum(columns.sum(axis=1), 1e-15))))
+
+
+def _alike(columns: NDArray[np.float64]) -> bool:
+    """Whether the terms that are there grow together over the rows."""
+    there = columns[:, columns.sum(axis=0) > 0]
+    logs = np.log(there)
+    if there.shape[1] < 2:
+        return True
+    spread = logs.std(axis=0)
+    if (spread < 1e-9).sum() > 1:
+        return True
+    moving = logs[:, spread >= 1e-9]
+    if moving.shape[1] < 2:
+        return False
+    related = np.corrcoef(moving.T)
+    return bool(np.all(related > ALIKE))
+
+
+def _apart(
+    columns: NDArray[np.float64], seconds: NDArray[np.float64], guess: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Robust least squares of the logarithms; no term below zero."""
+    from scipy.optimize import least_squares
+
+    there = columns.sum(axis=0) > 0
+
+    def off(x: NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.log(np.maximum(columns @ x, 1e-15) / seconds)
+
+    found = least_squares(
+        off, np.maximum(guess, 1e-9), bounds=(0.0, np.inf), loss="soft_l1", f_scale=0.1, x_scale=np.maximum(guess, 1e-6)
+    )
+    out: NDArray[np.float64] = np.where(there, found.x, guess)
+    return out
+
+
+def fit_classes(seen: Sequence[tuple[str, float, Mapping[Pass, float], Mapping[Pass, Terms]]]) -> dict[str, OpClass]:
+    """All classes from (job, step seconds, measured seconds, terms) of every measurement.
+
+    What was measured of a class that the roofline has not (a scope of bookkeeping) counts with `layers.saved` of its
+    pass, or the update; what the roofline has and no trace shows takes no time of its own (XLA fused it with another).
+    """
+    points: dict[Pass, list[Point]] = {}
+    shares: dict[Pass, float] = {}
+    known = {key for _, _, _, terms in seen for key in terms}
+    for job, step_s, measured, terms in seen:
+        homed: dict[Pass, float] = {}
+        for key, seconds in measured.items():
+            home = key if key in terms else ("layers.saved", key[1])
+            home = home if home in terms else ("optimizer.update", "forward")
+            homed[home] = homed.get(home, 0.0) + seconds
+        for key, seconds in homed.items():
+            if seconds > 0 and terms[key].roofline_s > 0:
+                points.setdefault(key, []).append(Point(job, seconds, terms[key]))
+                shares[key] = max(shares.get(key, 0.0), seconds / step_s)
+    out = {f"{name}:{phase}": fit_class(found, shares[name, phase]) for (name, phase), found in points.items()}
+    for name, phase in known - set(points):
+        sizes = [t[name, phase].size_s for _, _, _, t in seen if (name, phase) in t]
+        none = {"p10": 1.0, "p50": 1.0, "p90": 1.0}
+        out[f"{name}:{phase}"] = OpClass(
+            launches=0, arithmetic=0, traffic=0, sizes=(max(min(sizes), 1e-12), max(max(sizes), 1e-12)), rows=len(sizes),
+            residuals=none, jobs=len(sizes),
+        )  # fmt: skip
+    return dict(sorted(out.items()))
