@@ -21,9 +21,9 @@ COMMUNICATION = (
 _NAMES: tuple[tuple[str, str], ...] = (
     # DeepEP and its kin. A notify exchanges counts and is a barrier: its time is mostly waiting for the others.
     ("exchange_notify",
-     r"\bep::(?:internode|intranode|internode_ll)::(?:cached_)?(?:notify|barrier)\w*|hybrid_ep.*preproc"),
-    ("dispatch", r"\bep::(?:internode|intranode|internode_ll)::dispatch\b|hybrid_ep::dispatch|\bEpDispatch"),
-    ("combine", r"\bep::(?:internode|intranode|internode_ll)::combine\b|hybrid_ep::combine|\bEpCombine"),
+     r"(?:\b|_)ep::(?:internode|intranode|internode_ll)::(?:cached_)?(?:notify|barrier)\w*|hybrid_ep.*preproc"),
+    ("dispatch", r"(?:\b|_)ep::(?:internode|intranode|internode_ll)::dispatch\b|hybrid_ep::dispatch|\bEpDispatch"),
+    ("combine", r"(?:\b|_)ep::(?:internode|intranode|internode_ll)::combine\b|hybrid_ep::combine|\bEpCombine"),
     ("permute", r"get_dispatch_layout"),
     ("all_reduce", r"nccl\w*_AllReduce|^all-reduce|cross_device_reduce|multimem_all_reduce"),
     ("all_gather", r"nccl\w*_AllGather|^all-gather|multimem_all_gather"),

@@ -130,9 +130,9 @@ def profile_of(kept: Kept, trace: TraceText) -> Profile:
     if not steps:
         profile.notes.append("no profiler steps: all of the trace is taken as one step")
     if outside:
-        profile.notes.append(f"{outside} kernels launched outside of the profiler steps are left out")
+        profile.notes.append(f"kernels launched outside of the profiler steps, left out: {outside}")
     if unlaunched:
-        profile.notes.append(f"{unlaunched} kernels without a launch in the trace: classed by their names alone")
+        profile.notes.append(f"kernels whose launch is not in the trace, classed by their names alone: {unlaunched}")
     return profile
 
 

@@ -33,10 +33,12 @@ def found_in(profile: Profile, path: Path, form: str, told: Told, date: str) -> 
             continue
         times = [ns * 1e-9 for ns in s.per_step if ns]
         scope = scope_of(s.kind, s.phase, told.stack)
+        seldom = f"in {len(times)} of {profile.step_count} steps" if len(times) < profile.step_count else ""
+        note = "; ".join(filter(None, (s.kind if scope else "", seldom)))
         rows.append(
             replace(
-                base, kind="op", name=scope or s.kind, phase=s.phase, calls=s.calls / profile.step_count,
-                device=s.device, devices=devices, note=s.kind if scope else "", **_spread(times),
+                base, kind="op", name=scope or s.kind, phase=s.phase, calls=s.calls / len(times),
+                device=s.device, devices=devices, note=note, **_spread(times),
             )
         )  # fmt: skip
     rows += _collectives(profile, base)
