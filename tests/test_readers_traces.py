@@ -329,3 +329,71 @@ def test_overlap_of_the_published_profile_by_brute_force(published: tuple[Found,
         "hidden": (compute & moved).sum(), "exposed": (moved & ~compute).sum(), "idle": (~moved & ~compute).sum(),
     }  # fmt: skip
     assert {k: round(1e6 * use[f"{k}_s"]) for k in counted} == counted
+
+
+def test_the_pair_beside_the_forecast_counts_everything_once(shared: Path) -> None:
+    """Both sides' lines add up to all there is: the profile's kernels, and the forecast's compute of four layers."""
+    from benchmarks.deepseek_trace import JOB, LAYERS, _layer, compare
+    from simulator.job.load import load_job
+
+    parts = compare(shared / "measured/traces/deepseek_v3_train_h800.json.gz")
+    kernels_s = sum(x.trace_s or 0 for some in ("compute", "communication") for x in parts[some])
+    assert kernels_s == pytest.approx(0.244069)
+    layer = _layer(load_job(JOB))
+    compute_s = sum(x.forecast_s or 0 for x in parts["compute"])
+    assert compute_s == pytest.approx(LAYERS * float(layer.compute_s))
+    whole = {x.name: x for x in parts["pair"]}
+    pair = whole["pair, first kernel to last"]
+    assert pair.forecast_s is not None and pair.forecast_s >= compute_s
+    assert (pair.trace_s, whole["pair, the host's profiler step"].trace_s) == (
+        pytest.approx(0.129012), pytest.approx(0.112202),
+    )  # fmt: skip
+
+
+# Anything -------------------------------------------------------------------------------------------------------------
+
+NAMES = sorted(p.name for p in SAMPLES.iterdir() if p.suffix != ".md")
+WORDS = [
+    b"0",
+    b"-7",
+    b"1e999",
+    b"null",
+    b"NaN",
+    b'"',
+    b"{",
+    b"]",
+    b",",
+    b"#",
+    b"\n",
+    b"\xff",
+    b"x" * 50,
+    b"9" * 400,
+    b"",
+]
+
+
+@given(
+    st.sampled_from(NAMES),
+    st.lists(st.tuples(st.floats(0, 1), st.integers(0, 12), st.sampled_from(WORDS)), min_size=1, max_size=4),
+)
+def test_whatever_happens_to_a_file_it_is_read_or_refused_in_a_line(
+    tmp_path_factory: pytest.TempPathFactory, name: str, changes: list[tuple[float, int, bytes]]
+) -> None:
+    data = (SAMPLES / name).read_bytes()
+    for where, length_, new in changes:
+        at = int(where * len(data))
+        data = data[:at] + new + data[at + length_ :]
+    folder = tmp_path_factory.mktemp("changed")
+    (folder / name).write_bytes(data)
+    told = {"kind": "kernel", "columns": {"seconds": "time_us", "name": "what"}} if name.endswith(".csv") else {}
+    try:
+        found = read(folder / name, collective="all_to_all" if "alltoall" in name else "", **told)
+    except QuestionError as error:
+        refused = str(error)
+    else:
+        refused = ""
+    assert "\n" not in refused
+    if refused:
+        return
+    write_table(MeasurementTable(found.rows), folder / "t.csv")
+    assert len(read_table(folder / "t.csv").rows) == len(found.rows)

@@ -83,45 +83,52 @@ def span_of(event: dict[str, Any], where: str) -> Span:
     return begin, begin + duration
 
 
+class _Launches:
+    """Where each piece of work was launched from: when, within which ops (outermost first), in which annotation."""
+
+    def __init__(self, kept: Kept) -> None:
+        points = list(kept.launches.values())
+        self._launches = kept.launches
+        self._ops, self._own = _around(kept.ops, points), _around(kept.regions, points)
+        # A backward pass runs on a thread of its own, while the thread that has the annotation waits for it.
+        every: Thread = ("", "")
+        regions = {every: [r for some in kept.regions.values() for r in some]}
+        self._any = {at: names for (_, at), names in _around(regions, [(every, at) for _, at in points]).items()}
+
+    def of(self, args: dict[str, Any]) -> tuple[int | None, tuple[str, ...], str]:
+        """Launch time (None: not in the trace), ops and annotation of work with these `args`."""
+        number = args.get("correlation")
+        launch = self._launches.get(number) if isinstance(number, int) else None
+        if launch is None:
+            return None, (), ""
+        regions = self._own.get(launch) or self._any.get(launch[1], ())
+        return launch[1], self._ops.get(launch, ()), regions[-1] if regions else ""
+
+
 def profile_of(kept: Kept, trace: TraceText) -> Profile:
     """The profile of a trace that has been read; QuestionError where it has no kernels."""
     if not kept.work:
         rule = "no kernels on any device: a profile of the CPU alone, or taken without ProfilerActivity.CUDA"
         raise QuestionError(f"{trace.start}: {rule}")
     # One process, one device: its rank says which; several devices keep their own numbers.
-    several = len({e["args"].get("device", e["thread"][0]) for _, e, _, _ in kept.work}) > 1
+    several = len({str(e["args"].get("device", e["thread"][0])) for _, e, _, _ in kept.work}) > 1
     rank = None if several else _rank(trace.beside)
-    ops = _around(kept.ops, list(kept.launches.values()))
-    regions = _around(kept.regions, list(kept.launches.values()))
-    everywhere = _around(
-        {("", ""): sorted(r for some in kept.regions.values() for r in some)},
-        [(("", ""), at) for _, at in kept.launches.values()],
-    )
-    steps = sorted(kept.steps)
+    launches, steps = _Launches(kept), sorted(kept.steps)
     profile = Profile([], steps, "PyTorch profiler", _date(kept.work[0][2], trace.beside), _chips(trace.beside))
     outside = unlaunched = 0
     for number, event, begin, end in kept.work:
-        args, (process, thread) = event["args"], event["thread"]
-        launch = kept.launches.get(args.get("correlation", -1)) if isinstance(args.get("correlation"), int) else None
-        unlaunched += launch is None
-        within = ops.get(launch, ()) if launch else ()
-        # A backward pass runs on a thread of its own while the annotation's thread waits for it.
-        own = (regions.get(launch) or everywhere.get((("", ""), launch[1]), ())) if launch else ()
-        region = own[-1] if own else ""
-        step = _step(steps, launch[1] if launch else begin)
+        name, args, (process, thread) = event["name"], event["args"], event["thread"]
+        at, ops, region = launches.of(args)
+        unlaunched += at is None
+        step = _step(steps, begin if at is None else at)
         if step is None:
             outside += 1
             continue
-        device = args.get("device", process)
-        if rank is not None:
-            device = rank
+        device = args.get("device", process) if rank is None else rank
         if not isinstance(device, int) or isinstance(device, bool) or device < 0:
             raise QuestionError(f"{trace.start}, event {number}: device = {device!r:.40}: a device is a number from 0")
-        name = event["name"]
-        kernel = Kernel(
-            name, device, str(args.get("stream", thread)), begin, end, kernel_class(name, within, region),
-            phase_of(name, within, region), region, step,
-        )  # fmt: skip
+        kind, phase = kernel_class(name, ops, region), phase_of(name, ops, region)
+        kernel = Kernel(name, device, str(args.get("stream", thread)), begin, end, kind, phase, region, step)
         _collective(kernel, args)
         profile.kernels.append(kernel)
     if not profile.kernels:
