@@ -115,7 +115,7 @@ def _jobs(path: Path | None) -> dict[str, dict[str, Any]]:
     from simulator.job.load import load_job
 
     job = load_job(path)
-    return {job.hash: job.model_dump(mode="json", exclude_defaults=True)}
+    return {job.hash: job.model_dump(mode="json")}
 
 
 def _columns(texts: list[str]) -> dict[str, str]:

@@ -111,6 +111,9 @@ def kernel(name: str, ts: str, dur: str, device: int = 0) -> str:
         ("vectorized_elementwise_kernel<4, CUDAFunctor_add>", ("Optimizer.step#AdamW.step",), "", "optimizer"),
         ("vectorized_elementwise_kernel<4, CUDAFunctor_add>", ("aten::add",), "", "elementwise"),
         ("mystery_kernel(float*, int)", (), "", "other"),
+        ("fusion.217", (), "", "other"),
+        ("loop_convert_fusion_2", (), "", "elementwise"),
+        ("ncclDevKernel_Reduce_Sum_f32_RING_LL", (), "", "collective"),
     ],
 )
 def test_classes(name: str, ops: tuple[str, ...], region: str, expected: str) -> None:
@@ -193,7 +196,7 @@ def test_cut_and_damaged_files(tmp_path: Path) -> None:
     assert "is empty" in broken(tmp_path, b"")
     assert "not text (UTF-8)" in broken(tmp_path, b"\x0a\xff\xfe\x00trace")
     assert "without traceEvents" in broken(tmp_path, b'{"cat": "kernel", "events": []}')
-    assert "nested too deeply" in broken(tmp_path, b"[" * 200_000)
+    assert "nested too deeply" in broken(tmp_path, b'{"a": ' + b"[" * 200_000)
     assert "event 0: NaN is no number" in broken(tmp_path, b'[{"ph": "X", "ts": NaN}]')
 
 

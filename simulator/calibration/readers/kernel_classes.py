@@ -29,9 +29,9 @@ _NAMES: tuple[tuple[str, str], ...] = (
     ("all_gather", r"nccl\w*_AllGather|^all-gather|multimem_all_gather"),
     ("reduce_scatter", r"nccl\w*_ReduceScatter|^reduce-scatter"),
     ("all_to_all", r"nccl\w*_(?:AllToAll|AlltoAll)|^(?:ragged-)?all-to-all"),
-    ("broadcast", r"nccl\w*_Broadcast|nccl\w*_Reduce_|^collective-broadcast"),
+    ("broadcast", r"nccl\w*_Broadcast|^collective-broadcast"),
     ("send_receive", r"nccl\w*_SendRecv|^collective-permute|^send\b|^recv\b"),
-    # NCCL's generic kernel: only what launched it knows which collective it is.
+    # NCCL's generic kernel, where only what launched it knows which collective it is, and its rarer ones.
     ("collective", r"nccl(?:Dev)?Kernel|^nccl"),
     # Attention before products: its kernels are made of CUTLASS's too.
     ("attention_backward",
@@ -54,7 +54,7 @@ _NAMES: tuple[tuple[str, str], ...] = (
     ("optimizer", r"multi_tensor_apply|multi_tensor_(?:adam|l2norm|scale)|[Aa]dam|[Aa]dafactor|lamb_stage|fused_sgd"),
     ("norm", r"layer_?norm|LayerNorm|rms_?norm|RMSNorm|ln_(?:fwd|bwd)|batch_norm"),
     ("router", r"topk|TopK|unique_group_indices|aux_(?:fi|loss)|moe_aux_loss|gating|noaux_tc"),
-    ("rotary", r"rotary|rope|RoPE"),
+    ("rotary", r"rotary|(?:\b|_)rope|RoPE"),
     ("loss", r"cross_entropy|nll_loss|log_?softmax|LogSoftMax"),
     ("embedding", r"embedding|index_select|indexSelect"),
     ("permute",
@@ -66,7 +66,8 @@ _NAMES: tuple[tuple[str, str], ...] = (
     ("softmax", r"softmax|SoftMax"),
     ("elementwise", r"elementwise_kernel|reduce_kernel|scatter_gather|index_(?:put|add)|distribution_|FillFunctor|"
      r"triton_(?:poi|red|per|for)_|cub::|thrust::|tensor_kernel_scan|index_elementwise|fill_tensormaps|RadixSort|bitonicSort|"
-     r"^(?:loop_|input_|wrapped_)?\w*fusion|^(?:add|multiply|reduce|broadcast|select|convert)\b"),
+     # XLA names what is in a fusion on GPUs only: a plain fusion may be a product.
+     r"^(?:loop|input|wrapped)_\w+|^(?:add|multiply|reduce|broadcast|select|convert)\b"),
 )  # fmt: skip
 _PATTERNS = tuple((name, re.compile(pattern)) for name, pattern in _NAMES)
 

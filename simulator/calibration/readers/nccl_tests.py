@@ -15,7 +15,7 @@ from hw_profiles.errors import QuestionError, nearest
 from simulator.calibration.readers.found import Found, Told, labelled, numbered
 from simulator.results.measurement import Measurement
 
-MARK = re.compile(r"^#.*\bout-of-place\b", re.MULTILINE)
+MARK = re.compile(r"^\S{0,40}[ \t]*#.*\bout-of-place\b", re.MULTILINE)
 # Of the executables; the factor of busbw is passes x (n - 1) / n, or 1.
 _KINDS = {
     "all_reduce": "all_reduce", "all_gather": "all_gather", "reduce_scatter": "reduce_scatter",
@@ -30,7 +30,7 @@ _DTYPES = {
     "fp8_e5m2": "fp8", "f8e5m2": "fp8",
 }  # fmt: skip
 _EXECUTABLE = re.compile(rf"\b({'|'.join(_KINDS)})_perf\b")
-_RANK = re.compile(r"^#\s+Rank\s+(\d+)\b.*?\bon\s+(\S+)\s+device\b")
+_RANK = re.compile(r"^#\s+Rank\s+(\d+)\b.*?\bPid\s+(\d+)\s+on\s+(\S+)\s+device\b")
 _THREADS = re.compile(r"nThread\s+(\d+)\s+nGpus\s+(\d+)")
 _ITERATIONS = re.compile(r"\biters:\s+(\d+)")
 _VERSION = re.compile(r"nccl-tests version\s+(\S+)")
@@ -39,10 +39,17 @@ _LIBRARY = re.compile(r"nccl-library=(\d+)|NCCL version\s+(\S+)")
 _LEAST_GB_PER_S = 5.0
 
 
+# What mpirun and srun put before the lines of a rank.
+_PREFIX = re.compile(r"^(?:\[\d+,\d+\]<\w+>:|\d+: ?(?=[#\s\d]))")
+
+
 @dataclass(slots=True)
 class _Header:
+    """What stands above the rows; `then` is the test that a line has named for the next table."""
+
     kind: str = ""
-    ranks: set[int] = field(default_factory=set)
+    then: str = ""
+    ranks: dict[int, str] = field(default_factory=dict)
     hosts: set[str] = field(default_factory=set)
     a_process: int = 0
     iterations: int = 1
@@ -56,15 +63,17 @@ def read_nccl_tests(text: str, path: Path, told: Told, date: str) -> Found:
         rule = f"known: {', '.join(COLLECTIVES)}{nearest(told.collective, COLLECTIVES)}"
         raise QuestionError(f"--collective {told.collective!r:.40}: {rule}")
     head, rows, notes = _Header(), [], []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, raw in enumerate(text.splitlines(), 1):
+        line, where = _PREFIX.sub("", raw), f"{path}, line {number}"
         if named := _EXECUTABLE.search(line):
             if "concluded" not in line:
-                head = _began(head, named.group(1))
+                head.then = _KINDS[named.group(1)]
         elif line.lstrip().startswith("#"):
-            _header(head, line)
+            _header(head, line, where)
         elif head.columns and re.match(r"\s*\d", line):
-            base = labelled(told, path, date, head.software)
-            rows += _row(head, line.split(), f"{path}, line {number}", base, told)
+            new, wrong = _row(head, line.split(), where, labelled(told, path, date, head.software), told)
+            rows += new
+            notes += [f"line {number}: wrong results {place}, left out" for place in wrong]
             if not head.ranks and told.group_size is None:
                 notes.append(f"no lines of ranks: {head.a_process}, nThread x nGpus, are taken (--group-size)")
             if len(head.hosts) > 1:
@@ -74,68 +83,83 @@ def read_nccl_tests(text: str, path: Path, told: Told, date: str) -> Found:
     return Found(str(path), "nccl-tests", numbered(rows, path), tuple(dict.fromkeys(notes)))
 
 
-def _began(head: _Header, executable: str) -> _Header:
-    """A new test: its executable's name, in its own line or in the command that a log repeats."""
-    fresh = head if not head.columns else _Header(software=head.software)
-    fresh.kind = _KINDS[executable]
-    return fresh
-
-
-def _header(head: _Header, line: str) -> None:
+def _header(head: _Header, line: str, where: str) -> None:
     if version := _VERSION.search(line):
         head.software = f"nccl-tests {version.group(1)}"
     if library := _LIBRARY.search(line):
         head.software += f", NCCL {library.group(1) or library.group(2)}"
     if threads := _THREADS.search(line):
         if head.columns:
-            # The next test of a log: another executable's line would have come before.
-            head.columns, head.ranks, head.hosts = [], set(), set()
+            # The next test of a log.
+            head.columns, head.ranks, head.hosts, head.kind = [], {}, set(), ""
         head.a_process = int(threads.group(1)) * int(threads.group(2))
     if iterations := _ITERATIONS.search(line.partition("warmup iters")[2].partition(" ")[2]):
         head.iterations = max(1, int(iterations.group(1)))
     if rank := _RANK.match(line):
-        head.ranks.add(int(rank.group(1)))
-        head.hosts.add(rank.group(2))
+        process = f"{rank.group(2)} on {rank.group(3)}"
+        if head.ranks.setdefault(int(rank.group(1)), process) != process:
+            rule = "appears twice: built without MPI, each process measured itself alone"
+            raise QuestionError(f"{where}: rank {rank.group(1)} {rule}")
+        head.hosts.add(rank.group(3))
     words = line.lstrip("# \t").split()
     if words[:2] == ["size", "count"] and "time" in words:
         head.columns = words
+        head.kind, head.then = head.then or head.kind, ""
 
 
-def _row(head: _Header, words: list[str], where: str, base: Measurement, told: Told) -> list[Measurement]:
+def _columns(head: _Header, words: list[str], where: str) -> list[str]:
+    """The header's columns of a row: older versions leave redop or root blank where a test has none."""
+    columns = list(head.columns)
+    for blank in ("redop", "root"):
+        if len(words) < len(columns) and blank in columns:
+            columns.remove(blank)
+    if len(words) != len(columns):
+        raise QuestionError(f"{where}: has {len(words)} fields, the header {len(head.columns)}")
+    return columns
+
+
+def _row(
+    head: _Header, words: list[str], where: str, base: Measurement, told: Told
+) -> tuple[list[Measurement], list[str]]:
+    """The rows of a line, and the places (out of place, in place) whose results were wrong."""
     kind = told.collective or head.kind
     if not kind:
         raise QuestionError(f"{where}: no line names the test (all_reduce_perf ...): say --collective")
     ranks = told.group_size or len(head.ranks) or head.a_process
     if ranks < 1:
         raise QuestionError(f"{where}: neither ranks nor nGpus stand above it: say --group-size")
-    if len(words) != len(head.columns):
-        raise QuestionError(f"{where}: has {len(words)} fields, the header {len(head.columns)}")
-    first = head.columns.index("time")
-    again = next((i for i in range(first + 1, len(words)) if head.columns[i] == "time"), len(words))
+    columns = _columns(head, words, where)
+    first = columns.index("time")
+    again = next((i for i in range(first + 1, len(words)) if columns[i] == "time"), len(words))
     size = _number(words[0], "size", where)
-    if size == 0:
-        return []
-    out = []
+    out: list[Measurement] = []
+    bad: list[str] = []
     for begin, end, place in ((first, again, "out of place"), (again, len(words), "in place")):
-        found = dict(zip(head.columns[begin:end], words[begin:end], strict=True))
-        if not found or found["time"] == "N/A":
+        found = dict(zip(columns[begin:end], words[begin:end], strict=True))
+        if not found or found["time"] == "N/A" or size == 0:
             continue
         time_us = _number(found["time"], "time", where)
         if time_us <= 0:
             raise QuestionError(f"{where}: time = {time_us:g}: must be greater than 0")
-        wrong = next((found[k] for k in ("#wrong", "error") if k in found), "0")
-        if wrong not in ("0", "N/A") and _number(wrong, "#wrong", where) > (0 if "#wrong" in found else 1e-2):
-            raise QuestionError(f"{where}: {wrong} wrong results {place}: what computes wrongly measures nothing")
         _check(kind, ranks, size, time_us, found, f"{where}, {place}")
+        if _is_wrong(found, where):
+            bad.append(place)
+            continue
         note = place + (f", {len(head.hosts)} hosts" if len(head.hosts) > 1 else "")
-        said = words[head.columns.index("type")] if "type" in head.columns else ""
+        said = words[columns.index("type")] if "type" in columns else ""
         dtype = _DTYPES.get(said, said)
         row = replace(
             base, kind="collective", name=kind, bytes=size, seconds=time_us * 1e-6, group_size=ranks, devices=ranks,
             dtype=dtype, statistic="mean", samples=head.iterations, note=note,
         )  # fmt: skip
         out.append(row)
-    return out
+    return out, bad
+
+
+def _is_wrong(found: dict[str, str], where: str) -> bool:
+    """Whether results were wrong: counted, or in older versions a largest difference."""
+    name, most = ("#wrong", 0.0) if "#wrong" in found else ("error", 1e-2)
+    return found.get(name, "N/A") != "N/A" and _number(found[name], name, where) > most
 
 
 def _check(kind: str, ranks: int, size: float, time_us: float, found: dict[str, str], where: str) -> None:

@@ -17,6 +17,8 @@ from simulator.calibration.readers.profile_rows import found_in
 from simulator.calibration.readers.texts import read_text
 from simulator.calibration.tables import NAMES
 
+# A line of a log may begin with a bracket too.
+_JSON = re.compile(r"""\s*(?:\{\s*(?:["}]|\Z)|\[\s*(?:[{\]]|\Z))""")
 _KINETO = re.compile(r'"deviceProperties"\s*:|"cat"\s*:\s*"(?:[Kk]ernel|gpu_memcpy|cpu_op|cuda_runtime)"')
 FORMATS = ("auto", "kineto", "perfetto", "nccl-tests", "megatron", "maxtext", "csv")
 
@@ -52,7 +54,7 @@ def read_file(path: Path, told: Told, form: str = "auto") -> Found:
 
 def _format_of(text: str, told: Told) -> str:
     """The format that a text looks like, `json` for both kinds of traces, or nothing."""
-    if text.lstrip()[:1] in ("{", "["):
+    if _JSON.match(text):
         return "json"
     if nccl_tests.MARK.search(text):
         return "nccl-tests"
