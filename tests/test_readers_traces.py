@@ -153,6 +153,28 @@ def test_only_the_processes_asked_for_are_devices() -> None:
         read(SAMPLES / "chrome.json", process="TPU")
 
 
+def test_a_timeline_of_our_own(tmp_path: Path) -> None:
+    """What moecast writes for Perfetto is read back with the timeline's own seconds, stage by stage."""
+    from simulator.analysis.forecast import forecast
+    from simulator.analysis.perfetto import write_perfetto
+    from simulator.job.load import load_job
+    from simulator.results.timeline import KINDS
+
+    timeline = forecast(load_job(Path(__file__).parents[1] / "examples/deepseek-v3.yaml")).timeline
+    assert timeline is not None
+    path = tmp_path / "t.json.gz"
+    write_perfetto(timeline, path, "t")
+    found = seconds(read(path))
+    long = timeline.end_s - timeline.start_s
+    moved = [KINDS.index(k) for k in ("parameters", "gradients", "tensor")]
+    for stage in range(len(timeline.classes)):
+        own = timeline.device == stage
+        exchanged = long[own & (timeline.kind == KINDS.index("all-to-all"))].sum()
+        assert found["all_to_all", "", stage] == pytest.approx(exchanged, rel=1e-6)
+        others = long[own & np.isin(timeline.kind, moved)].sum()
+        assert found.get(("collective", "", stage), 0) == pytest.approx(others, rel=1e-6)
+
+
 # Broken traces --------------------------------------------------------------------------------------------------------
 
 

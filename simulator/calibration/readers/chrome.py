@@ -13,7 +13,7 @@ from typing import Any
 
 from hw_profiles.errors import QuestionError
 from simulator.calibration.readers.json_events import TraceText, nanoseconds
-from simulator.calibration.readers.kernel_classes import kernel_class, phase_of
+from simulator.calibration.readers.kernel_classes import OTHER, kernel_class, phase_of
 from simulator.calibration.readers.kineto import span_of
 from simulator.calibration.readers.profile import Kernel, Profile
 
@@ -23,6 +23,8 @@ _NUMBER = re.compile(r"(\d+)(?!.*\d)")
 _ABOVE = re.compile(
     r"^(?:Steps|XLA Modules|XLA TraceMe|Framework (?:Name Scope|Ops)|Source code|Launch Stats|TraceMe|host)\b"
 )
+# Where a slice's own name has no class, that of its thread may say that it moves data.
+_MOVES = re.compile(r"network|nccl|collective|communication", re.IGNORECASE)
 Thread = tuple[Any, Any]
 
 
@@ -81,8 +83,9 @@ def profile_of(kept: Slices, trace: TraceText, process: str = "") -> Profile:
         leaves = _leaves(slices)
         held += sum(end > begin for begin, end, _ in slices) - len(leaves)
         for begin, end, what in leaves:
-            kernel = Kernel(what, numbers[thread[0]], name, begin, end, kernel_class(what), phase_of(what))
-            profile.kernels.append(kernel)
+            kind = kernel_class(what)
+            kind = "collective" if kind == OTHER and _MOVES.search(name) else kind
+            profile.kernels.append(Kernel(what, numbers[thread[0]], name, begin, end, kind, phase_of(what)))
     if not profile.kernels:
         raise QuestionError(f"{trace.start}: no kernels on any of its {len(devices)} devices")
     profile.kernels.sort(key=lambda k: (k.start, k.end))
