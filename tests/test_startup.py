@@ -47,6 +47,7 @@ def _imported_by(code: str) -> set[str]:
         (["chips", "h100-sxm"], LIGHT),
         (["clusters", "--json"], LIGHT | {"rich"}),
         (["schema"], LIGHT | {"rich"}),
+        (["import", "tests/samples/kineto.json", "--chip", "h100", "--json"], LIGHT | {"rich", "pyarrow"}),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -1,0 +1,1 @@
+"""Readers of what others have: profiles, logs and tables, into rows of the one measurement table."""
