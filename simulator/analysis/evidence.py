@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from hw_profiles.cluster import Cluster
 from hw_profiles.schema import Chip, Curve, Price, Quantity
+from simulator.analysis.spread import calibrated_interval
 from simulator.job.job import Job
 from simulator.job.rules import Degrees
 from simulator.kernels.roofline import Kernels
-from simulator.results.forecast import Cost, Evidence
+from simulator.results.forecast import Cost, Evidence, OpRow
 from simulator.workload.habits import Habits
 
 # Measured over forecast step time, 10th and 90th percentile, over published steps that nothing here is fitted to
@@ -24,8 +27,11 @@ UNCALIBRATED = {
 }
 
 
-def interval(job: Job, chip: Chip, step_s: float) -> tuple[tuple[float, float], str]:
-    """Low and high step time, seconds, of an uncalibrated forecast, and what the interval is."""
+def interval(job: Job, chip: Chip, ops: Sequence[OpRow], step_s: float) -> tuple[tuple[float, float], str]:
+    """Low and high step time, seconds, and what the interval is; `ops` are the forecast's."""
+    calibrated = calibrated_interval(ops, chip, step_s)
+    if calibrated is not None:
+        return calibrated
     experts = bool(job.model.moes)
     low, high, steps = UNCALIBRATED[chip.kind, experts]
     what = f"{'MoE' if experts else 'dense'} models on {chip.kind.upper()}s"
@@ -89,12 +95,20 @@ def gather_evidence(
         notes.append(f"no kernel measurements of {chip.name} in {runs_as}: compute times rest on {BASES[curve.basis]}")
     return Evidence(
         profile=profile,
-        calibration="uncalibrated: no trace of this job or chip was used",
+        calibration=_calibration(chip),
         peak_dtype=runs_as,
         peak_flops_per_s=kernels.peak(dtype),
         rests_on=tuple(rests),
         warnings=tuple(notes),
     )
+
+
+def _calibration(chip: Chip) -> str:
+    """In how far the profile rests on what ran."""
+    if not chip.op_classes:
+        return "uncalibrated: no trace of this job or chip was used"
+    jobs = max(c.jobs for c in chip.op_classes.values())
+    return f"calibrated: {len(chip.op_classes)} classes of ops as they ran in {jobs} traced jobs"
 
 
 def price_of(chip: Chip) -> Price | None:

@@ -76,7 +76,8 @@ def forecast_on(
         step, parts, events, timeline = answer.step_s, answer.parts, answer.events, answer.timeline
         all_to_all = AllToAll(answer.all_to_all_s, parts.all_to_all_s, all_to_all.bytes_per_device)
     tokens = job.tokens_per_step
-    bounds, meaning = interval(job, cluster.chip, step)
+    ops = _ops(degrees, workload, formula)
+    bounds, meaning = interval(job, cluster.chip, ops, step)
     flops = _flops(job, degrees, formula)
     peak = kernels.peak(habits.matmul_dtype)
     return Forecast(
@@ -95,7 +96,7 @@ def forecast_on(
         parts=parts,
         all_to_all=all_to_all,
         collectives=_collectives(formula.stages),
-        ops=_ops(degrees, workload, formula),
+        ops=ops,
         routing=_routing(job, degrees, workload, busiest, folder),
         cost=cost_of(cluster, step, tokens),
         evidence=gather_evidence(

@@ -1,7 +1,7 @@
 """Fits a chip's own numbers on benchmarks: peak, efficiency over sizes, memory, launches, what sharing a host costs.
 
-A number is fitted from the rows of the fewest devices at work (of two or more, where there are such: a device alone on a
-CPU has all threads); those of more devices give `sharing`.
+A number is fitted from the rows of the fewest devices at work (of two or more, where there are such: a device alone on
+a CPU has all threads); those of more devices give `sharing`.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from statistics import median
+from typing import Literal
 
 import numpy as np
 
@@ -66,7 +67,7 @@ def _matmul(chip: Chip, dtype: str, rows: list[Measurement], notes: list[str]) -
         )
     peak, best = kernels.peak(dtype), max(rows, key=_rate)
     if _rate(best) > peak * BEYOND:
-        known = chip.peak_tflops[dtype]  # type: ignore[index]
+        known = chip.peak_tflops[dtype]
         if known.confidence not in UNSURE:
             raise QuestionError(
                 f"{best.id}: {_rate(best) * 1e-12:.4g} TFLOP/s is more than the {dtype} peak of {chip.name},"
@@ -98,7 +99,7 @@ def _matmul(chip: Chip, dtype: str, rows: list[Measurement], notes: list[str]) -
 
 def _modelled(kernels: Kernels, r: Measurement, peak: float) -> float:
     """Seconds of a product by the curve, per group, without the slowdown of groups."""
-    g, rows, depth, columns = r.shape
+    _, rows, depth, columns = r.shape
     fraction = kernels.curve(r.dtype)
     xs, ys = [np.log10(x) for x, _ in fraction.points], [y for _, y in fraction.points]
     reached = float(np.interp(np.log10(r.flops or 1.0), xs, ys))
@@ -128,9 +129,10 @@ def _curve(
     return points, ratios
 
 
-def quantiles(ratios: Sequence[float]) -> dict[str, float]:
+def quantiles(ratios: Sequence[float]) -> dict[Literal["p10", "p50", "p90"], float]:
     """The 10th, 50th and 90th percentile."""
-    return {f"p{q}": float(np.quantile(np.asarray(ratios), q / 100)) for q in (10, 50, 90)}
+    low, middle, high = (float(q) for q in np.quantile(np.asarray(ratios), (0.1, 0.5, 0.9)))
+    return {"p10": low, "p50": middle, "p90": high}
 
 
 def _memory(chip: Chip, rows: list[Measurement], notes: list[str]) -> Chip:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from hw_profiles.schema import Chip, Quantity, Regime, Regimes, ScaleUp
+from hw_profiles.schema import Chip, CollectiveFamily, Quantity, Regime, Regimes, ScaleUp
 from hw_profiles.sharing import at_work
 from simulator.calibration.fit_machine import quantiles
 from simulator.network.collectives import PASSES
@@ -43,21 +43,22 @@ def fit_network(chip: Chip, rows: Sequence[Timed], source: str, date: str) -> tu
     up = chip.scale_up
     collectives = dict(up.collectives)
     changes: dict[str, object] = {}
-    for family in ("ring", "all_reduce", "all_to_all"):
+    families: tuple[CollectiveFamily, ...] = ("ring", "all_reduce", "all_to_all")
+    for family in families:
         own = [r for r in rows if FAMILIES.get(r.kind) == family]
         if len(own) < FEWEST:
             notes.append(f"{family}: {len(own)} rows, at least {FEWEST} are needed: not fitted")
             continue
         start, step, share, stays, ratios, told = _fit(chip, own, family, changes)
+        spread, wire = quantiles(ratios), share * chip.scale_up_bytes_per_s * 1e-9
         notes.append(
-            f"{family}: start {start:.3g} us + {step:.3g} us a step, {share * chip.scale_up_bytes_per_s * 1e-9:.3g} GB/s"
-            f" on the wire; {len(own)} rows, measured/modelled {quantiles(ratios)['p10']:.2f} to"
-            f" {quantiles(ratios)['p90']:.2f}{told}"
+            f"{family}: start {start:.3g} us + {step:.3g} us a step, {wire:.3g} GB/s on the wire; {len(own)} rows,"
+            f" measured/modelled {spread['p10']:.2f} to {spread['p90']:.2f}{told}"
         )
         unit = up.latency_us.value
-        collectives[family] = Regimes(  # type: ignore[index]
+        collectives[family] = Regimes(
             protocols=(Regime(start=start / unit, step=step / unit, share=1.0),), own=stays, source=source, date=date,
-            confidence="medium", residuals=quantiles(ratios), rows=len(own),
+            confidence="medium", residuals=spread, rows=len(own),
         )  # fmt: skip
         if family != "all_reduce":
             name = "ring_efficiency" if family == "ring" else "all_to_all_efficiency"
@@ -88,10 +89,12 @@ def _fit(
 
     def model(x: NDArray[np.float64]) -> NDArray[np.float64]:
         over = x[2] if fixed is None else fixed
-        return (x[0] + x[1] * hops) * 1e-6 * starts + over * (wire + x[3] * stays)
+        out: NDArray[np.float64] = (x[0] + x[1] * hops) * 1e-6 * starts + over * (wire + x[3] * stays)
+        return out
 
     def off(x: NDArray[np.float64]) -> NDArray[np.float64]:
-        return np.log(model(x) / seconds) * weights
+        out: NDArray[np.float64] = np.log(model(x) / seconds) * weights
+        return out
 
     several = len(set(hops.tolist())) > 1
     low, high = [0.0, 0.0, 1.0, 0.0], [1e6, 1e6 if several else 1e-9, 1e6, 1e3]

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hw_profiles.schema import OpClass
+from simulator.calibration.fit_machine import quantiles
 from simulator.calibration.terms import Pass, Terms
 
 # Jobs below which only one factor is fitted for a class.
@@ -28,20 +29,22 @@ class Point:
     terms: Terms
 
 
-def fit_class(points: Sequence[Point], share: float) -> OpClass:
-    """The class that fits `points` best; `share` is its largest share of a step. Residuals are of left-out jobs."""
+def fit_class(points: Sequence[Point], share: float, *, residuals: bool = True) -> OpClass:
+    """The class that fits `points` best; `share` is its largest share of a step.
+
+    Residuals are of left-out jobs; without `residuals` they are not looked for, and are 1.
+    """
     x, together = _solve(points, share)
     jobs = sorted({p.job for p in points})
     ratios = []
-    for job in jobs:
+    for job in jobs if residuals else ():
         rest = [p for p in points if p.job != job]
         left = _solve(rest, share)[0] if rest else x
         ratios += [p.seconds / max(predicted(left, p.terms), 1e-12) for p in points if p.job == job]
-    low, middle, high = (float(q) for q in np.quantile(ratios, (0.1, 0.5, 0.9)))
     sizes = [max(p.terms.size_s, 1e-12) for p in points]
     return OpClass(
         launches=float(x[0]), arithmetic=float(x[1]), traffic=float(x[2]), together=together,
-        sizes=(min(sizes), max(sizes)), residuals={"p10": low, "p50": middle, "p90": high}, rows=len(points),
+        sizes=(min(sizes), max(sizes)), residuals=quantiles(ratios or [1.0]), rows=len(points),
         jobs=len(jobs),
     )  # fmt: skip
 
@@ -100,7 +103,9 @@ def _apart(
     return out
 
 
-def fit_classes(seen: Sequence[tuple[str, float, Mapping[Pass, float], Mapping[Pass, Terms]]]) -> dict[str, OpClass]:
+def fit_classes(
+    seen: Sequence[tuple[str, float, Mapping[Pass, float], Mapping[Pass, Terms]]], *, residuals: bool = True
+) -> dict[str, OpClass]:
     """All classes from (job, step seconds, measured seconds, terms) of every measurement.
 
     What was measured of a class that the roofline has not (a scope of bookkeeping) counts with `layers.saved` of its
@@ -119,12 +124,14 @@ def fit_classes(seen: Sequence[tuple[str, float, Mapping[Pass, float], Mapping[P
             if seconds > 0 and terms[key].roofline_s > 0:
                 points.setdefault(key, []).append(Point(job, seconds, terms[key]))
                 shares[key] = max(shares.get(key, 0.0), seconds / step_s)
-    out = {f"{name}:{phase}": fit_class(found, shares[name, phase]) for (name, phase), found in points.items()}
+    out = {
+        f"{name}:{phase}": fit_class(found, shares[name, phase], residuals=residuals)
+        for (name, phase), found in points.items()
+    }
     for name, phase in known - set(points):
-        sizes = [t[name, phase].size_s for _, _, _, t in seen if (name, phase) in t]
-        none = {"p10": 1.0, "p50": 1.0, "p90": 1.0}
+        sizes = [max(t[name, phase].size_s, 1e-12) for _, _, _, t in seen if (name, phase) in t]
         out[f"{name}:{phase}"] = OpClass(
-            launches=0, arithmetic=0, traffic=0, sizes=(max(min(sizes), 1e-12), max(max(sizes), 1e-12)), rows=len(sizes),
-            residuals=none, jobs=len(sizes),
+            launches=0, arithmetic=0, traffic=0, sizes=(min(sizes), max(sizes)), residuals=quantiles([1.0]),
+            rows=len(sizes), jobs=len(sizes),
         )  # fmt: skip
     return dict(sorted(out.items()))

@@ -108,7 +108,7 @@ def _one(name: str, rows: list[Measurement], table: MeasurementTable, host_s: Ma
 
 def _mean(rows: list[Measurement], devices: set[int | None], of: Any) -> float:
     """Sum of `of` over the rows of a device, mean over devices."""
-    return sum(of(r) for r in rows) / max(1, len(devices))
+    return float(sum(of(r) for r in rows)) / max(1, len(devices))
 
 
 def _shared_out(rows: list[Measurement], devices: set[int | None], whole_s: float) -> dict[Pass, float]:

@@ -1,0 +1,103 @@
+"""`moecast calibrate`: from measurement tables and a base profile to a profile that knows what was measured."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hw_profiles.errors import QuestionError
+from hw_profiles.files import write_whole
+from moecast.progress import busy
+
+if TYPE_CHECKING:
+    from simulator.calibration.calibrate import Calibrated
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the command line."""
+    app.command(epilog="Example: moecast calibrate bench.parquet steps.parquet --base cpu-host -o here.yaml")(calibrate)
+
+
+def calibrate(
+    tables: Annotated[list[Path], typer.Argument(metavar="TABLE...", help="Measurement tables to fit on.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The profile to write (YAML).")],
+    base: Annotated[
+        str, typer.Option(metavar="CHIP|FILE", help="The profile to begin with: a chip's name, or a file.")
+    ] = "cpu-host",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Fit a hardware profile on measurements: `moecast forecast JOB --profile FILE` then rests on them.
+
+    Fitted are efficiency over sizes, memory, launches, the network, what devices of one host lose by sharing it, and
+    what each class of ops takes; every number keeps its source, and forecasts get an interval from left-out jobs.
+    """
+    from hw_profiles.loader import load_chip, load_chip_file
+    from simulator.calibration.calibrate import calibrate as fit
+    from simulator.calibration.tables import read_table
+
+    if output.suffix not in (".yaml", ".yml"):
+        raise QuestionError(f"--output {output}: must end in .yaml")
+    if not output.parent.is_dir():
+        raise QuestionError(f"--output {output}: no such folder: {output.parent}")
+    start = load_chip_file(base) if base.endswith((".yaml", ".yml")) else load_chip(base)
+    read = [read_table(path) for path in tables]
+    with busy(f"fitting on {sum(len(t.rows) for t in read):,} rows"):
+        found = fit(read, start)
+    write_whole(output, profile_text(found, [p.name for p in tables]).encode())
+    if as_json:
+        left_out = [{"id": n, "measured_s": m, "forecast_s": f, "error": f / m - 1} for n, m, f in found.left_out]
+        spread = found.chip.step_spread
+        whole: dict[str, Any] = {"profile": str(output), "notes": found.notes, "left_out": left_out}
+        whole["step_spread"] = spread.model_dump() if spread else None
+        print(json.dumps(whole, indent=2, allow_nan=False))
+    else:
+        _show(found, output)
+
+
+def profile_text(found: Calibrated, tables: list[str]) -> str:
+    """The profile as a YAML file, whose first lines say where it comes from."""
+    import yaml
+
+    data = found.chip.model_dump(mode="json", exclude_defaults=True)
+    head = f"# Calibrated by moecast calibrate on {', '.join(tables)}. Every number says where it is from.\n"
+    return head + yaml.safe_dump(_rounded(data), sort_keys=False, allow_unicode=True, width=120)
+
+
+def _rounded(value: Any) -> Any:
+    """Numbers to six digits, which is more than any was measured to."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else value
+    if isinstance(value, dict):
+        return {k: _rounded(v) for k, v in value.items()}
+    return [_rounded(v) for v in value] if isinstance(value, list) else value
+
+
+def _show(found: Calibrated, output: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from reports import units
+
+    console = Console()
+    for note in found.notes:
+        console.print(note, highlight=False)
+    if found.left_out:
+        shown = Table(title="Steps that the fit had not seen", title_justify="left", box=None, pad_edge=False)
+        for i, name in enumerate(("job", "measured", "forecast", "error")):
+            shown.add_column(name, justify="right" if i else "left", no_wrap=i > 0)
+        for name, measured, modelled in found.left_out:
+            off = f"{modelled / measured - 1:+.1%}"
+            shown.add_row(name, units.seconds(measured), units.seconds(modelled), off)
+        console.print(shown)
+    spread = found.chip.step_spread
+    if spread is not None:
+        console.print(
+            f"80 % interval: {spread.quantile:.2f} times a forecast's own spread, about {spread.centre:.3f} of it;"
+            f" {spread.covered:.0%} of {spread.steps} left-out steps are within",
+            highlight=False,
+        )
+    console.print(f"profile: {output}", highlight=False, soft_wrap=True)

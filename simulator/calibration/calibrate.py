@@ -1,0 +1,143 @@
+"""From measurement tables and a base profile to a calibrated profile: what was fitted, how far off, and on what.
+
+Order: the machine alone (products, memory, launches, sharing), the network (collectives alone and in steps), then the
+classes of ops on whole steps; last the spread of whole steps, from fits that had not seen them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from hw_profiles.errors import QuestionError
+from hw_profiles.schema import Chip, StepSpread
+from simulator.analysis.forecast import forecast
+from simulator.analysis.spread import own_spread
+from simulator.calibration.fit_machine import fit_machine, fit_sharing
+from simulator.calibration.fit_network import Timed, fit_network
+from simulator.calibration.fit_ops import fit_classes
+from simulator.calibration.observations import Observed, host_seconds, observed
+from simulator.calibration.terms import Pass, Terms, terms_of
+from simulator.results.measurement import Measurement, MeasurementTable
+
+FEWEST_JOBS = 3
+# Of the stated interval.
+COVERED = 0.8
+# No step is known better than its own timing.
+FLOOR = 0.01
+TermsOf = Mapping[Pass, Terms]
+
+
+@dataclass
+class Calibrated:
+    """The new profile, what was learnt in words, and each left-out step's (name, measured, forecast) seconds."""
+
+    chip: Chip
+    notes: list[str]
+    left_out: list[tuple[str, float, float]] = field(default_factory=list)
+
+
+def calibrate(tables: Sequence[MeasurementTable], base: Chip) -> Calibrated:
+    """Fit `base` on all rows of `tables` that are of its kind.
+
+    QuestionError, naming table and rule, where there is nothing to fit, too few jobs, or rows of another chip.
+    """
+    _check_chip(tables, base)
+    kernels = [r for t in tables for r in t.rows if r.kind in ("kernel", "collective") and not r.job_hash]
+    chip, notes = fit_machine(base, [r for r in kernels if r.kind == "kernel"])
+    sharing = fit_sharing(kernels)
+    if sharing:
+        chip = chip.model_copy(update={"sharing": sharing})
+        notes += [
+            f"{s.devices} devices at work: compute {s.compute:.2f}, memory {s.memory:.2f}, a collective's start"
+            f" {s.start:.2f}, its bytes {s.wire:.2f} times as long"
+            for s in sharing
+        ]
+    jobs = observed(tables, host_seconds(tables))
+    names = {o.job.hash for o in jobs}
+    if jobs and len(names) < FEWEST_JOBS:
+        raise QuestionError(
+            f"{', '.join(t.name for t in tables)}: {len(names)} jobs were measured; a fit needs at least {FEWEST_JOBS}"
+        )
+    if not jobs and not kernels:
+        raise QuestionError(f"{', '.join(t.name for t in tables)}: no kernels, collectives or steps to fit on")
+    source, date = _provenance(tables)
+    chip, more = fit_network(chip, _timed(kernels, jobs), source, date)
+    notes += more
+    traced = [o for o in jobs if o.traced]
+    out = Calibrated(chip, notes)
+    if traced:
+        known = {o.job.hash: terms_of(o.job, chip) for o in traced}
+        out.chip = _with_classes(chip, traced, known, residuals=True)
+        out.left_out = _left_out(chip, traced, known)
+        out.chip = out.chip.model_copy(update={"step_spread": _spread(out.chip, traced, out.left_out)})
+        together = [name for name, c in out.chip.op_classes.items() if c.together and c.arithmetic]
+        if together:
+            notes.append(
+                f"{len(together)} of {len(out.chip.op_classes)} op classes have one factor: launches, arithmetic and"
+                f" traffic could not be told apart ({', '.join(together[:3])}, ...)"
+            )
+    return out
+
+
+def _check_chip(tables: Sequence[MeasurementTable], base: Chip) -> None:
+    for table in tables:
+        for row in table.rows:
+            if row.chip not in (base.name, *base.aliases):
+                raise QuestionError(f"{table.name}: {row.id} is of {row.chip!r:.40}; the base profile is {base.name}")
+
+
+def _provenance(tables: Sequence[MeasurementTable]) -> tuple[str, str]:
+    rows = [r for t in tables for r in t.rows]
+    software = sorted({r.software for r in rows})
+    return f"measured: {', '.join(t.name for t in tables)} ({'; '.join(software)})", max(r.date for r in rows)
+
+
+def _timed(kernels: Sequence[Measurement], jobs: Sequence[Observed]) -> list[Timed]:
+    alone = [
+        Timed(r.name, r.group_size, r.bytes or 0.0, r.seconds or 0.0, r.devices, False)
+        for r in kernels
+        if r.kind == "collective" and r.bytes and r.seconds
+    ]
+    within = [
+        Timed(s.kind, s.size, s.bytes, s.seconds, o.devices, True) for o in jobs for s in o.collectives if s.bytes > 0
+    ]
+    return alone + within
+
+
+def _with_classes(chip: Chip, jobs: Sequence[Observed], known: Mapping[str, TermsOf], *, residuals: bool) -> Chip:
+    """`chip`, whose machine and network are fitted already, with the op classes that `jobs` show."""
+    seen = [(o.job.hash, o.step_s, o.compute_s, known[o.job.hash]) for o in jobs]
+    return chip.model_copy(update={"op_classes": fit_classes(seen, residuals=residuals)})
+
+
+def _left_out(chip: Chip, jobs: Sequence[Observed], known: Mapping[str, TermsOf]) -> list[tuple[str, float, float]]:
+    """Each job's step, measured, and as forecast (in closed form) from the others."""
+    out = []
+    for name in sorted({o.job.hash for o in jobs}):
+        rest = [o for o in jobs if o.job.hash != name]
+        if len({o.job.hash for o in rest}) < FEWEST_JOBS - 1:
+            continue
+        other = _with_classes(chip, rest, known, residuals=False)
+        own = [o for o in jobs if o.job.hash == name]
+        step_s = forecast(own[0].job, engine="closed-form", chip=other).step_time_s
+        out += [(o.name, o.step_s, step_s) for o in own]
+    return out
+
+
+def _spread(chip: Chip, jobs: Sequence[Observed], left_out: Sequence[tuple[str, float, float]]) -> StepSpread | None:
+    """How many of its own spreads each left-out step was off, and the number that an interval has to reach."""
+    if not left_out:
+        return None
+    import numpy as np
+
+    own = {o.name: max(own_spread(forecast(o.job, engine="closed-form", chip=chip).ops, chip), FLOOR) for o in jobs}
+    logs = {name: math.log(measured / modelled) for name, measured, modelled in left_out}
+    centre = float(np.median(list(logs.values())))
+    off = [abs(x - centre) / own[name] for name, x in logs.items()]
+    reach = float(np.quantile(off, COVERED))
+    return StepSpread(
+        centre=math.exp(centre), quantile=reach, floor=FLOOR, steps=len(off),
+        covered=sum(x <= reach for x in off) / len(off),
+    )  # fmt: skip
