@@ -18,7 +18,7 @@ import typer
 from typer.core import TyperGroup
 
 from hw_profiles.errors import QuestionError, WorkFailed
-from moecast import importing, measure, programs, train
+from moecast import importing, measure, programs, train, validate
 from moecast.progress import FAILED, INTERRUPTED, NO, busy
 
 if TYPE_CHECKING:
@@ -324,6 +324,7 @@ importing.register(app)
 programs.register(app)
 train.register(app)
 measure.register(app)
+validate.register(app)
 
 
 def _complain(text: str) -> None:
