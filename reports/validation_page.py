@@ -1,4 +1,4 @@
-"""Scores of a validation as one HTML page: parity, residuals, scores by group, the worst rows, and what was left out."""
+"""Scores of a validation as one HTML page: parity, residuals, scores by group, worst rows, and what was left out."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from simulator.results.validation import Group, ScoredRow, Scores, ValidationRes
 COLOURS = (draw.BLUE, draw.ORANGE, draw.TEAL, draw.PURPLE, draw.ROSE, draw.GREEN, draw.YELLOW, draw.STEEL)
 # Rows of a table, boxes of a figure, groups of a grouping: JSON has all, and a page stays a page.
 MOST_ROWS, MOST_BOXES, MOST_GROUPS = 400, 16, 14
+NO_SCORES = Scores(0, None, None, None, None, None)
+# Marks of the axis of residuals, which a logarithmic axis of less than a decade would do without.
 COARSE = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
 FINE = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1, 1.1, 1.2, 1.4, 1.6, 2)
 FEW_MARKS = 4.0
@@ -61,7 +63,7 @@ def _sections(result: ValidationResult) -> list[str]:
 
 
 def _summary(result: ValidationResult) -> str:
-    s, b = result.scores, result.baseline
+    s, b = result.scores, result.baseline or NO_SCORES
     used = ", ".join(f"{t.name} ({t.kind}, {t.chosen_rows:,} of {t.table_rows:,} rows)" for t in result.tables)
     sub = f"{used}; profiles {result.profile}; steps by {result.engine}"
 
@@ -73,17 +75,15 @@ def _summary(result: ValidationResult) -> str:
         card(
             f"{len(result.scored):,} of {result.rows:,}", "rows forecast", f"{len(result.skipped):,} without a forecast"
         ),
-        card(
-            _share(s.median_abs_error), "median of the absolute error", f"baseline {_share(b and b.median_abs_error)}"
-        ),
-        card(_share(s.p90_abs_error), "its 90th percentile", f"baseline {_share(b and b.p90_abs_error)}"),
-        card(_signed(s.bias), "bias (median error)", f"baseline {_signed(b and b.bias)}"),
+        card(_share(s.median_abs_error), "median of the absolute error", f"baseline {_share(b.median_abs_error)}"),
+        card(_share(s.p90_abs_error), "its 90th percentile", f"baseline {_share(b.p90_abs_error)}"),
+        card(_signed(s.bias), "bias (median error)", f"baseline {_signed(b.bias)}"),
     ]
     if s.spearman is not None:
-        cards.append(card(f"{s.spearman:.3f}", "rank correlation", f"baseline {_rank(b and b.spearman)}"))
+        cards.append(card(f"{s.spearman:.3f}", "rank correlation", f"baseline {_rank(b.spearman)}"))
     if s.flops_spearman is not None:
         cards.append(
-            card(f"{s.flops_spearman:.3f}", "the same of FLOP/s a device", f"baseline {_rank(b and b.flops_spearman)}")
+            card(f"{s.flops_spearman:.3f}", "the same of FLOP/s a device", f"baseline {_rank(b.flops_spearman)}")
         )
     if s.coverage is not None:
         cards.append(
@@ -152,7 +152,6 @@ def _boxes(rows: Sequence[ScoredRow], by: str) -> str:
         return ""
     ratios = [r.forecast / r.measured for _, members in found for r in members]
     fig = draw.figure(max(3, len(found)), "forecast / measured", type="log", rangemode="normal")
-    # Marks that a logarithmic axis would write as bare digits.
     finer = max(ratios) / min(ratios) < FEW_MARKS
     marks = [v for v in (FINE if finer else COARSE) if min(ratios) <= v <= max(ratios)]
     fig.update_xaxes(tickvals=marks, ticktext=[f"{v:g}" for v in marks])
@@ -173,8 +172,10 @@ def _hover(r: ScoredRow) -> str:
     said = SAID[r.unit]
     about = ", ".join(word for word in (r.chip, r.model, r.op_class) if word)
     lines = [
-        f"{r.table} {r.id}", about, f"forecast {said(r.forecast)}, measured {said(r.measured)}: {signed_percent(r.error)}",
-    ]  # fmt: skip
+        f"{r.table} {r.id}",
+        about,
+        f"forecast {said(r.forecast)}, measured {said(r.measured)}: {signed_percent(r.error)}",
+    ]
     return "<br>".join(draw.label(line, 90) for line in lines)
 
 
@@ -193,10 +194,11 @@ def _groups(result: ValidationResult) -> str:
     return "".join(out)
 
 
-def _cells(s: Scores, b: Scores | None) -> tuple[str, ...]:
+def _cells(s: Scores, baseline: Scores | None) -> tuple[str, ...]:
+    b = baseline or NO_SCORES
     return (
         f"{s.rows:,}", _share(s.median_abs_error), _share(s.mean_abs_error), _share(s.p90_abs_error), _signed(s.bias),
-        _rank(s.spearman), _share(s.coverage), _share(b and b.median_abs_error), _share(b and b.p90_abs_error),
+        _rank(s.spearman), _share(s.coverage), _share(b.median_abs_error), _share(b.p90_abs_error),
     )  # fmt: skip
 
 
@@ -208,8 +210,8 @@ def _rows(rows: Sequence[ScoredRow]) -> str:
         interval = f"{said(r.interval[0])} to {said(r.interval[1])}" if r.interval else ""
         beside = signed_percent(r.baseline / r.measured - 1) if r.baseline is not None else ""
         lines.append(
-            (signed_percent(r.error), f"{r.table} {r.id}", r.chip, r.model, r.op_class, said(r.measured), said(r.forecast),
-             interval, beside, r.fitted)
+            (signed_percent(r.error), f"{r.table} {r.id}", r.chip, r.model, r.op_class, said(r.measured),
+             said(r.forecast), interval, beside, r.fitted)
         )  # fmt: skip
     head = ("error", "row", "chip", "model", "op class", "measured", "forecast", "stated interval", "baseline's error",
             "fitted for")  # fmt: skip

@@ -59,8 +59,8 @@ class Scores:
 
     `bias` is the median error, `p90_abs_error` the 90th percentile of the absolute one. `spearman` ranks forecasts
     against measurements (one unit only, three rows or more), `flops_spearman` achieved model FLOP/s of a device
-    (steps). `coverage` is the share of rows inside the interval that their forecast states, of the `intervals` rows that have
-    one; rows that the interval itself was read from are left out of it and stand in `coverage_in_sample`.
+    (steps). `coverage` is the share of rows inside the interval that their forecast states, of the `intervals` rows
+    that have one; rows that the interval itself was read from are left out of it: `coverage_in_sample` is theirs.
     """
 
     rows: int
