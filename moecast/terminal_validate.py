@@ -27,7 +27,7 @@ TITLES = {
     "op_class": "op class",
     "kind": "kind",
 }
-WIDEST_NAME = 27
+WIDEST_NAME = 24
 
 
 def print_validation(result: ValidationResult, html: Path | None, every: bool) -> None:
@@ -65,7 +65,7 @@ def _scores(console: Console, result: ValidationResult, every: bool) -> None:
     from rich import box
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), collapse_padding=True, pad_edge=False, show_edge=False)
     table.add_column("errors in percent", overflow="ellipsis", no_wrap=True, max_width=WIDEST_NAME)
     for name in ("rows", "med.", "mean", "p90", "bias", "rank", "cover", "base", "p90"):
         table.add_column(name, justify="right", no_wrap=True, min_width=4)

@@ -97,7 +97,7 @@ class _Score:
         use = self._used_for(found.chip).get(entry.hash, "")
         fitted = "" if use == INTERVAL else use
         if fitted and not options.allow_fitted:
-            raise QuestionError(f"the profile of {found.chip} was fitted on it ({fitted}); --allow-fitted scores it")
+            raise QuestionError(f"its profile rests on it: {fitted} (--allow-fitted scores it)")
         answer = found.ask(chip, options.engine)
         row = ScoredRow(
             id=name, table=table.name, quantity=found.quantity, unit=found.unit, chip=found.chip, model=found.model,
