@@ -25,6 +25,8 @@ def quantile(values: Sequence[float], q: float) -> float | None:
 
 def spearman(first: Sequence[float], second: Sequence[float]) -> float | None:
     """Spearman's rank correlation (scipy); None for fewer than three pairs, or where one side has one value only."""
+    # What a constant gives differs in its last bits, and must not be ranked by them.
+    first, second = ([float(f"{v:.9e}") for v in values] for values in (first, second))
     if len(first) < FEWEST_RANKED or len(set(first)) < 2 or len(set(second)) < 2:
         return None
     from scipy import stats

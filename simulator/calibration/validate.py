@@ -33,6 +33,7 @@ MEANINGS = {
     ("maxtext_compiled", "executed_flops"): ("times the model FLOPs", False),
 }
 BYTES_MEANING = ("times the parameters in 16 bits", False)
+MOST_USES = 5
 GROUPINGS = ("table", "quantity", "chip", "model", "op_class", "kind")
 
 
@@ -256,12 +257,16 @@ def _notes(rows: Sequence[ScoredRow], fitted: Sequence[ScoredRow]) -> list[str]:
         uses: dict[str, int] = {}
         for row in fitted:
             uses[row.fitted] = uses.get(row.fitted, 0) + 1
-        said = ", ".join(f"{n} for {use}" for use, n in sorted(uses.items(), key=lambda item: -item[1]))
+        most = sorted(uses.items(), key=lambda item: (-item[1], item[0]))
+        said = ", ".join(f"{n} for {use}" for use, n in most[:MOST_USES]) + ", ..." * (len(most) > MOST_USES)
         out.append(
             f"{len(fitted)} of the scored rows were used in the profiles' fits ({said}): held_out leaves them out"
         )
-    if any(r.interval_fitted and r.interval and not r.fitted for r in rows):
-        out.append("coverage of steps is in sample: the interval of uncalibrated forecasts was read from these rows")
+    read = sum(r.interval_fitted and r.interval is not None and not r.fitted for r in rows)
+    if read:
+        out.append(
+            f"the interval of uncalibrated steps was read from {read} of these very rows: they test nothing of it"
+        )
     if len({r.unit for r in rows}) > 1:
         out.append("rows of several units: a rank correlation over all of them is not one; see the groups by quantity")
     return out
