@@ -87,7 +87,8 @@ def _scores(console: Console, result: ValidationResult, every: bool) -> None:
     speeds = result.scores.flops_spearman
     if speeds is not None:
         beside = result.baseline.flops_spearman if result.baseline else None
-        _say(console, f"rank of achieved FLOP/s a device: {_rank(speeds)}, baseline {_rank(beside)}")
+        told = _rank(beside) or "none (the same for every row)"
+        _say(console, f"rank of achieved FLOP/s a device: {_rank(speeds)}, baseline {told}")
     sample = result.scores
     if sample.coverage_in_sample is not None:
         share = f"{100 * sample.coverage_in_sample:.0f} % of {sample.intervals_in_sample:,}"

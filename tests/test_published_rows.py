@@ -90,7 +90,8 @@ STEP = {
     "id": "BR-1", "kind": "moe", "source": "x", "model": "DeepSeek-V3", "hardware": "B200", "num_devices": "256",
     "topology": "8-GPU NVLink nodes", "precision": "mxfp8", "seq_len": "4096", "global_batch": "2048",
     "micro_batch": "1", "TP": "1", "PP": "8", "VPP": "2", "CP": "1", "EP": "8", "ETP": "",
-    "FSDP_DP": "FSDP=0", "sharding_notes": "", "recompute": "recompute_modules=None", "dispatcher": "flex:hybridep", "overlap_flags": "",
+    "FSDP_DP": "FSDP=0", "sharding_notes": "",
+    "recompute": "recompute_modules=None", "dispatcher": "flex:hybridep", "overlap_flags": "",
     "model_TFLOPs_per_device": "", "tokens_per_s_per_device": "",
 }  # fmt: skip
 TPU = {
