@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +10,7 @@ import typer
 
 from hw_profiles.errors import QuestionError, nearest
 from moecast.programs import Json
+from moecast.progress import bar
 
 EXAMPLE = "Example: moecast validate train_steps.csv --where spec_level=full --first-per dup_group --html scores.html"
 ENGINES = ("closed-form", "events")
@@ -71,14 +69,15 @@ def validate(
             raise QuestionError(f"{path}: is given twice")
         seen[path.resolve()] = path
     chip = load_chip_file(profile) if profile is not None else None
-    with _bar(len(tables), "reading") as step:
-        read = []
+    read = []
+    with bar("reading tables", len(tables)) as done:
         for path in tables:
+            done.say(path.name)
             read.append(read_rows(path, chosen, first_per))
-            step()
+            done.advance()
     options = Options(chip, str(profile) if profile is not None else "as shipped", engine, allow_fitted)
-    with _bar(sum(len(t.entries) for t in read), "forecasting rows") as step:
-        result = run(read, options, step)
+    with bar("forecasting rows", sum(len(t.entries) for t in read)) as done:
+        result = run(read, options, done.advance)
     if html is not None:
         from reports.validation_page import write_validation_page
 
@@ -96,18 +95,3 @@ def _condition(text: str) -> tuple[str, str]:
     if not equals or not column:
         raise QuestionError(f"--where {text:.60}: must be COLUMN=VALUE")
     return column, value
-
-
-@contextmanager
-def _bar(total: int, doing: str) -> Iterator[Callable[[], None]]:
-    """A progress bar on a terminal; nothing where standard error is a file or a pipe."""
-    if not sys.stderr.isatty():
-        yield lambda: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(doing, total=total)
-        yield lambda: progress.advance(task)

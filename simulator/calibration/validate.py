@@ -30,6 +30,7 @@ MEANINGS = {
     ("measurements", "time"): ("share of the data sheet's rates", True),
     ("maxtext_compiled", "peak"): ("times the arguments", False),
     ("measurements", "peak"): ("times the arguments", False),
+    ("measurements", "allocated"): ("times the arguments", False),
     ("maxtext_compiled", "executed_flops"): ("times the model FLOPs", False),
 }
 BYTES_MEANING = ("times the parameters in 16 bits", False)
