@@ -24,7 +24,7 @@ from simulator.calibration.tables import write_table
 from simulator.calibration.validate import Options, leave_one_job_out, validate
 from simulator.job.job import Job
 from simulator.job.load import load_job
-from simulator.results.measurement import Measurement, MeasurementTable, measurement_hash
+from simulator.results.measurement import NETWORK, Measurement, MeasurementTable, measurement_hash
 from simulator.results.validation import ValidationResult
 
 Call = Callable[..., tuple[int, str, str]]
@@ -78,13 +78,13 @@ def of_jobs(
                 )
             )  # fmt: skip
         sent = next(c for c in found.collectives if c.time_s > 0)
-        # Two passes, measured apart: the forecast knows their sum.
+        # Two passes, measured apart, a quarter second late: the forecast knows their sum, and no waiting.
         for phase, share in (("forward", 0.25), ("backward", 0.75)):
             total = sum(c.time_s for c in found.collectives if c.scope == sent.scope)
             rows.append(
                 Measurement(
-                    f"{name} {sent.scope} {phase}", kind="op", name=sent.scope, phase=phase,
-                    seconds=share * factor * total, **common,
+                    f"{name} {sent.scope} {phase}", kind="op", name=sent.scope, phase=phase, level=NETWORK,
+                    seconds=share * factor * total + 0.25, note="waited 0.250000000 s of it", **common,
                 )
             )  # fmt: skip
         # On a CPU XLA's peak is the arguments alone; what it allocates is the forecast's peak.
@@ -127,7 +127,9 @@ def test_choices_and_the_order_of_rows(tmp_path: Path) -> None:
     assert [r.id for r in first.scored] == [made.rows[0].id, made.rows[1].id, f"{made.rows[0].id[:-4]}peak"]
     again = run(replace(made, rows=tuple(reversed(made.rows))), tmp_path)
     assert again.scores.median_abs_error == pytest.approx(0.2) and again.rows == len(made.rows)
-    halved = replace(made, rows=tuple(replace(r, seconds=r.seconds and r.seconds / 2) for r in made.rows))
+    halved = replace(
+        made, rows=tuple(replace(r, seconds=r.seconds and (r.seconds + r.waited_s) / 2) for r in made.rows)
+    )
     by_id = {r.id: r.error for r in run(halved, tmp_path).scored if r.unit == "s"}
     assert all(e == pytest.approx(2 * 0.8 - 1) for e in by_id.values())
 

@@ -1,7 +1,8 @@
 """Rows of our own measurement tables as questions: steps, ops and memory of jobs; kernels and collectives by shape.
 
 A row of a job is asked of the whole forecast of that job, which the table carries; forecasts are made once per job.
-The forecast knows the passes of a collective together, so its passes are one quantity: their sum.
+The forecast knows the passes of a collective together, so its passes are one quantity: their sum, less the time that
+they waited for other devices.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from simulator.calibration.questions import Answer, Question
 from simulator.job.load import load_job
 from simulator.network.collectives import PASSES, collective_rate
 from simulator.results.forecast import Forecast
-from simulator.results.measurement import Measurement, MeasurementTable
+from simulator.results.measurement import NETWORK, Measurement, MeasurementTable
 from simulator.workload.ops import Op, stream
 
 KINDS = (*PASSES, "all_to_all", "permute")
@@ -59,13 +60,14 @@ class _Asked:
         self.table = table
         self._jobs: dict[str, _Job] = {}
         self._together: dict[tuple[Any, ...], list[Measurement]] = {}
+        self._networked = {(row.job_hash, row.name) for row in table.rows if row.level == NETWORK}
         for row in table.rows:
             if row.kind == "op":
                 self._together.setdefault(self._scope(row), []).append(row)
 
     @staticmethod
     def _scope(row: Measurement) -> tuple[Any, ...]:
-        return row.job_hash, row.name, row.device, row.statistic, row.source, row.software, row.devices
+        return row.job_hash, row.name, row.device, row.statistic, row.source, row.software, row.devices, row.level
 
     def question(self, row: Measurement) -> Question:
         """The question of `row`; QuestionError with the reason where there is none."""
@@ -101,25 +103,33 @@ class _Asked:
         job = self._job(row)
         shipped = job.ask(None, "closed-form")
         assert row.seconds is not None
-        if any(c.scope == row.name for c in shipped.collectives):
+        computed = any(o.scope == row.name and o.phase == row.phase for o in shipped.ops)
+        phase = f" ({row.phase})" if row.phase else ""
+        sent = any(c.scope == row.name for c in shipped.collectives)
+        # Where a table tells the network's part of a scope, the rest of it is copies, which the forecast does not have.
+        apart = (row.job_hash, row.name) in self._networked
+        if row.level == NETWORK or (sent and not computed and not apart):
+            kinds = sorted({c.kind for c in shipped.collectives if c.scope == row.name})
+            if not kinds:
+                raise QuestionError(f"the forecast has no collective {row.name}{phase}")
             peers = self._together[self._scope(row)]
             if peers[0] is not row:
                 raise QuestionError(
                     "counted with the first pass of its collective: the forecast knows all passes together"
                 )
-            seconds = sum(p.seconds or 0.0 for p in peers)
+            seconds = sum((p.seconds or 0.0) - p.waited_s for p in peers)
+            if seconds <= 0:
+                raise QuestionError(f"all of {row.name} was waiting for other devices")
 
             def ask_collective(chip: Chip | None, engine: str) -> Answer:
                 rows = [c for c in job.ask(chip, engine).collectives if c.scope == row.name]
                 return Answer(sum(c.time_s for c in rows))
 
-            kinds = sorted({c.kind for c in shipped.collectives if c.scope == row.name})
             name = ", ".join(kinds).replace("_", " ")
             return Question(
                 row.id, "time", "s", job.chip, job.model, name, row.kind, seconds, ask_collective, row.job_hash
             )
-        if not any(o.scope == row.name and o.phase == row.phase for o in shipped.ops):
-            phase = f" ({row.phase})" if row.phase else ""
+        if not computed:
             raise QuestionError(f"the forecast has no op {row.name}{phase}")
 
         def ask(chip: Chip | None, engine: str) -> Answer:
