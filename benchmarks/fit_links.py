@@ -21,6 +21,7 @@ from scipy.optimize import least_squares
 
 from benchmarks.fit_tables import Row, number, quantiles, read_rows, sources
 from hw_profiles import Chip, QuestionError, load_chip
+from simulator.calibration.collective_rows import CollectiveCase, collective_case
 
 Array = NDArray[np.float64]
 
@@ -68,6 +69,12 @@ def usable(r: Row, chip: Chip) -> bool:
     )
 
 
+def switch_rows(chip: Chip, rows: Sequence[Row]) -> list[Row]:
+    """Large all-reduces that surely ran in the switch."""
+    mine = [r for r in rows if usable(r, chip)]
+    return [r for r in mine if in_switch(r) and number(r, "message_bytes_per_rank") >= LARGE_BYTES]
+
+
 def link_fits(chip: Chip, rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
     """Latency of a ring step (relative least squares, all sizes); with it, efficiencies (medians, large messages)."""
     speed = chip.scale_up_bytes_per_s
@@ -101,7 +108,7 @@ def link_fits(chip: Chip, rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
                 "residuals": spread,
                 "note": f"rows from 64 MiB; measured/modelled p10 {spread['p10']:g}, p90 {spread['p90']:g}",
             }
-    switch = [r for r in mine if in_switch(r) and number(r, "message_bytes_per_rank") >= LARGE_BYTES]
+    switch = switch_rows(chip, rows)
     if switch:
         # The port carries the buffer once up and once down.
         shares = [number(r, "message_bytes_per_rank") / speed / collective_terms(r)[2] for r in switch]
@@ -217,25 +224,33 @@ class ProtocolFit:
         ]
 
 
+PROTOCOLS = ("ring", "all_reduce", "in_switch", "all_to_all")
+
+
+def protocol_rows(chip: Chip, rows: Sequence[Row], name: str) -> list[Row]:
+    """The rows that the protocols of `name` are fitted on: one-node sweeps of every second size."""
+    pool = POOL.get(chip.name, (chip.name,))
+    names = IN_SWITCH_FROM.get(chip.name, pool) if name == "in_switch" else pool
+    return [
+        r
+        for r in rows
+        if r["profile"] in names
+        and r["fit"] == "yes"
+        and r["n_nodes"] in ("1", "1.0")
+        and r["message_bytes_per_rank"]
+        and (r["time_us"] or r["busbw_GBps"])
+        and r["source_key"] not in HOST_TIMED
+        and family(r, chip) == name
+        and number(r, "message_bytes_per_rank") >= SMALL_BYTES / 2
+        and is_fit_size(number(r, "message_bytes_per_rank"))
+    ]
+
+
 def protocol_fits(chip: Chip, rows: Sequence[Row]) -> dict[str, ProtocolFit]:
     """The protocols of `chip` on the fit half of one-node rows; ring and all-reduce share the efficiency of rings."""
-    pool = POOL.get(chip.name, (chip.name,))
     out: dict[str, ProtocolFit] = {}
-    for name in ("ring", "all_reduce", "in_switch", "all_to_all"):
-        names = IN_SWITCH_FROM.get(chip.name, pool) if name == "in_switch" else pool
-        mine = [
-            r
-            for r in rows
-            if r["profile"] in names
-            and r["fit"] == "yes"
-            and r["n_nodes"] in ("1", "1.0")
-            and r["message_bytes_per_rank"]
-            and (r["time_us"] or r["busbw_GBps"])
-            and r["source_key"] not in HOST_TIMED
-            and family(r, chip) == name
-            and number(r, "message_bytes_per_rank") >= SMALL_BYTES / 2
-            and is_fit_size(number(r, "message_bytes_per_rank"))
-        ]
+    for name in PROTOCOLS:
+        mine = protocol_rows(chip, rows, name)
         if len(mine) >= 8:
             fixed = out["ring"].parts(out["ring"].x)[0] if name == "all_reduce" and "ring" in out else None
             known = chip.scale_up.in_switch_efficiency
@@ -246,12 +261,12 @@ def protocol_fits(chip: Chip, rows: Sequence[Row]) -> dict[str, ProtocolFit]:
     return out
 
 
-def between_fit(chip: Chip, rows: Sequence[Row]) -> list[str]:
-    """The latency of an all-reduce's tree step between nodes, where a chip has a sweep over three nodes or more; YAML.
+def between_rows(chip: Chip, rows: Sequence[Row]) -> list[Row]:
+    """Sweeps over three nodes or more that the tree step between nodes is fitted on.
 
     Rows of 256 KiB and less of such a sweep may hold connection set-up of milliseconds; those above 64 MiB say nothing.
     """
-    mine = [
+    return [
         r
         for r in rows
         if r["profile"] == chip.name
@@ -264,6 +279,11 @@ def between_fit(chip: Chip, rows: Sequence[Row]) -> list[str]:
         and 2**18 < number(r, "message_bytes_per_rank") <= LARGE_BYTES
         and is_fit_size(number(r, "message_bytes_per_rank"))
     ]
+
+
+def between_fit(chip: Chip, rows: Sequence[Row]) -> list[str]:
+    """The latency of an all-reduce's tree step between nodes, where a chip has such a sweep; YAML."""
+    mine = between_rows(chip, rows)
     if len(mine) < 4 or chip.scale_out is None:
         return []
     waits = []
@@ -285,11 +305,9 @@ def between_fit(chip: Chip, rows: Sequence[Row]) -> list[str]:
     ]
 
 
-def transport_fit(chip: Chip, rows: Sequence[Row]) -> list[str]:
-    """DeepEP inside one node: fixed time, wire efficiency, and what one SM moves; YAML. Rows that state their SMs."""
-    from simulator.calibration.collective_rows import collective_case
-
-    cases, used = [], []
+def transport_rows(chip: Chip, rows: Sequence[Row]) -> list[tuple[Row, CollectiveCase]]:
+    """The rows, and their questions, that DeepEP inside a node is fitted on: SMs stated, every second size."""
+    out = []
     for r in rows:
         if r["profile"] != chip.name or not r["sms"] or not r["library"].startswith("DeepEP normal"):
             continue
@@ -298,8 +316,14 @@ def transport_fit(chip: Chip, rows: Sequence[Row]) -> list[str]:
         except QuestionError:
             continue
         if case.transport == "deepep" and case.nodes == 1 and not is_fit_size(number(r, "tokens_per_rank")):
-            cases.append(case)
-            used.append(r)
+            out.append((r, case))
+    return out
+
+
+def transport_fit(chip: Chip, rows: Sequence[Row]) -> list[str]:
+    """DeepEP inside one node: fixed time, wire efficiency, and what one SM moves; YAML."""
+    pairs = transport_rows(chip, rows)
+    used, cases = [r for r, _ in pairs], [case for _, case in pairs]
     if len(cases) < 8:
         return []
     seconds, bytes_, n, sms = (

@@ -67,6 +67,8 @@ class ChipFit:
     def __init__(self, chip: Chip, kernels: Sequence[Row]) -> None:
         self.chip = chip
         self.rows = [r for r in kernels if r["profile"] == chip.name]
+        # The rows behind each number that came of them, by what they were used for (benchmarks/fitted_rows.py).
+        self.used: dict[str, list[Row]] = {}
         self.dense = [r for r in self.rows if r["kind"] == "gemm_dense" and r["time_us"] and number_format(r)]
         self.memory = self._memory()
         share = self.memory["value"] if self.memory else chip.efficiency.memory.value
@@ -87,6 +89,7 @@ class ChipFit:
         used = [r for r in self.rows if r["kind"] in STREAMS and r["gbps"]]
         if not used:
             return None
+        self.used["memory"] = used
         shares = [number(r, "gbps") * 1e9 / self.chip.device_memory_bytes_per_s for r in used]
         return {"value": round(float(np.median(shares)), 3), "source": sources(used), "rows": len(used)}
 
@@ -95,6 +98,7 @@ class ChipFit:
         used = [r for r in self.dense if number_format(r) == "bf16" and number(r, "m") <= 16]
         if len(used) < 4:
             return None
+        self.used["kernel overhead"] = used
         left = []
         for r in used:
             m, n, k = (number(r, x) for x in "mnk")
@@ -109,15 +113,17 @@ class ChipFit:
         """
         if fmt == "bf16":
             return 0.0
-        data = []
+        data, used = [], []
         for r in self.dense:
             m, n, k = (number(r, x) for x in "mnk")
             if number_format(r) == fmt and QUANTISING_LIBRARY in r["library"] and m >= 1024 and m * n * k > 5e10:
                 seconds = number(r, "time_us") * 1e-6
                 fixed = 2 * self.overhead_s / seconds
+                used.append(r)
                 data.append((2 * m * n * k / self.peak(fmt) / seconds, m * k / self.bytes_per_s / seconds, 1 - fixed))
         if len(data) < 8:
             return 0.0
+        self.used[f"quantising, {fmt}"] = used
         table = np.array(data)
         return float(nnls(table[:, :2], table[:, 2])[0][1])
 
@@ -144,6 +150,7 @@ class ChipFit:
                 shares.append(min(1.0, work / (busy_s * self.peak(fmt) * full)))
         if len(used) < 6:
             return None
+        self.used[f"curve of {fmt}"] = used
         points = monotone_points(np.array(flops), np.array(shares))
         ratios = []
         for r in used:
@@ -185,6 +192,7 @@ class ChipFit:
             by_width.setdefault(int(n), []).append(ratio)
         if len(ratios) < 5:
             return None
+        self.used["grouped slow-down"] = used
         widths = ", ".join(f"{np.median(v):.2f} at width {n} ({len(v)} rows)" for n, v in sorted(by_width.items()))
         return {
             "value": round(max(1.0, float(np.median(ratios))), 2),

@@ -1,5 +1,6 @@
-"""Score the network model on published collectives: `python -m benchmarks.score_collectives TABLE [--json]`.
+"""The network model on published collectives, by size and library: `python -m benchmarks.score_collectives TABLE`.
 
+What `moecast validate TABLE` scores as a whole, cut as docs/collectives.md prints it; both hold out the same rows.
 TABLE is collectives.csv. Printed, per chip, nodes, library and collective, on rows that no number was fitted on (NCCL
 inside a node: sizes of odd powers of two; DeepEP with its SMs stated: even powers of tokens; sources that no profile
 names): median and 90th percentile of |forecast/measured - 1| from 1 MiB up and below, the median of forecast/measured
@@ -13,7 +14,6 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import math
 import statistics
 import sys
 from collections import Counter, defaultdict
@@ -21,8 +21,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from hw_profiles import QuestionError
+from hw_profiles import QuestionError, load_chip
+from hw_profiles.fitted_rows import rows_used
 from simulator.calibration.collective_rows import CollectiveCase, collective_case
+from simulator.calibration.published import KINDS
+from simulator.calibration.scores import quantile
+from simulator.results.measurement import row_hash
 
 LARGE = 2**20
 
@@ -60,26 +64,12 @@ class Line:
     baseline_large: float | None
 
 
-# What the profiles' numbers were read from, beyond the fits: (chip, begin of the source's key).
-READ = {("h800", "deepep_v1"), ("b200", "stas_b200"), ("h200", "stas_p5en"), ("h200", "aws_p5en"), ("a100-80", "iss_")}
-SWEPT = ("a100-80", "h100-sxm", "h200", "b200", "b300", "gb200", "gb300")
+IDENTITY = next(kind.identity for kind in KINDS if kind.name == "collectives")
 
 
 def is_fitted(row: Mapping[str, str], case: CollectiveCase) -> bool:
-    """Whether a number of the profile may rest on the row: the half that `fit_links` fits on, or a page it names.
-
-    The half is that of even powers of two of bytes, and of odd ones of tokens (MoE rows, DeepEP with its SMs stated).
-    """
-    if case.kind.startswith("moe_"):
-        if case.library == "DeepEP normal" and row["sms"]:
-            return math.floor(math.log2(float(row["tokens_per_rank"]))) % 2 == 1
-        return (case.chip, row["source_key"]) in READ
-    if case.nodes == 1 and case.chip in SWEPT:
-        return math.floor(math.log2(case.bytes)) % 2 == 0
-    if case.chip == "b200" and case.nodes > 1:
-        return (case.bytes >= LARGE and math.floor(math.log2(case.bytes)) % 2 == 0) or case.bytes > 2**32
-    read = any(case.chip == chip and row["source_key"].startswith(words) for chip, words in READ)
-    return read or case.chip in ("v100", "tpu-v5e")
+    """Whether a number of the profile may rest on the row (hw_profiles/fitted_rows.csv)."""
+    return row_hash({name: row[name] for name in IDENTITY}) in rows_used(load_chip(case.chip))
 
 
 def score(rows: Sequence[Mapping[str, str]]) -> tuple[list[Scored], Counter[str]]:
@@ -95,13 +85,8 @@ def score(rows: Sequence[Mapping[str, str]]) -> tuple[list[Scored], Counter[str]
 
 
 def _quantile(values: Sequence[float], q: float) -> float | None:
-    if not values:
-        return None
-    ordered = sorted(values)
-    at = q * (len(ordered) - 1)
-    low = math.floor(at)
-    high = min(low + 1, len(ordered) - 1)
-    return round(ordered[low] + (at - low) * (ordered[high] - ordered[low]), 4)
+    found = quantile(values, q)
+    return None if found is None else round(found, 4)
 
 
 def _baseline(group: Sequence[Scored], held: Sequence[Scored]) -> float | None:

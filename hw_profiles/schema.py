@@ -228,6 +228,35 @@ class Price(Record):
     note: str | None = None
 
 
+class FittedTable(Record):
+    """A table that a profile was fitted on, and the short hashes of its rows that were used.
+
+    A hash (`measurement_hash` in simulator/results) tells a row again in a copy, a subset or a renumbered table;
+    `sha256` is that of the file as it was.
+    """
+
+    name: str
+    sha256: str
+    rows: Annotated[int, Field(ge=1)]
+    ids_sha256: tuple[str, ...]
+
+    @model_validator(mode="after")
+    def _complete(self) -> FittedTable:
+        if len(self.ids_sha256) != self.rows:
+            raise ValueError(f"rows = {self.rows}, and ids_sha256 lists {len(self.ids_sha256)}")
+        return self
+
+
+class Calibration(Record):
+    """Where the numbers of a calibrated profile come from: tables, day, version; `base` is the profile it began as."""
+
+    tables: Annotated[tuple[FittedTable, ...], Field(min_length=1)]
+    date: str
+    moecast_version: str
+    base: str | None = None
+    note: str | None = None
+
+
 class Chip(Record):
     """One accelerator, as sold (a chip), with what one JAX device of it has.
 
@@ -261,6 +290,7 @@ class Chip(Record):
     op_classes: dict[str, OpClass] = {}
     sharing: tuple[Sharing, ...] = ()
     step_spread: StepSpread | None = None
+    calibration: Calibration | None = None
     notes: str | None = None
 
     @model_validator(mode="after")

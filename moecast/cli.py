@@ -18,7 +18,7 @@ import typer
 from typer.core import TyperGroup
 
 from hw_profiles.errors import QuestionError, WorkFailed
-from moecast import calibrate, importing, measure, programs, train
+from moecast import calibrate, importing, measure, programs, train, validate
 from moecast.progress import FAILED, INTERRUPTED, NO, busy
 
 if TYPE_CHECKING:
@@ -325,6 +325,7 @@ programs.register(app)
 train.register(app)
 measure.register(app)
 calibrate.register(app)
+validate.register(app)
 
 
 def _complain(text: str) -> None:

@@ -84,7 +84,7 @@ def test_what_xla_compiled_maxtext_to(shared: Path) -> None:
     """Arguments within 1 %, executed FLOPs within 2 %, FSDP gathers within 3 %, peak memory within 10 %.
 
     Gathers of programs whose mesh has a tensor or expert axis are not FSDP's alone; they are printed by
-    benchmarks/maxtext_compiled.py and explained in docs/model.md, not asserted.
+    `moecast validate` and explained in docs/model.md, not asserted.
     """
     rows = compiled_rows(shared)
     assert len(rows) >= 10

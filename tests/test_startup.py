@@ -78,3 +78,16 @@ def test_every_public_name_is_there() -> None:
     assert all(getattr(moecast, name) is not None for name in moecast.__all__)
     with pytest.raises(AttributeError, match="no attribute 'forcast'"):
         _ = moecast.forcast
+
+
+def test_validation_draws_nothing_unless_asked(tmp_path: Path) -> None:
+    """A table of collectives needs scipy for ranks, and neither pandas, plotly, pyarrow nor networkx."""
+    table = tmp_path / "c.csv"
+    names = (
+        "id,source_key,source,chip,n_devices,n_nodes,inter_node,collective,message_bytes_per_rank,time_us,algbw_GBps,"
+        "busbw_GBps,dtype,library,tokens_per_rank,hidden,topk,sms,fit"
+    )
+    lines = [f"{i},x,made,H100 SXM,8,1,,all_gather,{2**20 * i},{20 * i},,,half,NCCL,,,,,yes" for i in (1, 2, 3)]
+    table.write_text("\n".join([names, *lines]) + "\n")
+    imported = _imported_by(COMMAND.format(arguments=["validate", str(table), "--json"]))
+    assert "scipy" in imported and not imported & (HEAVY | {"pyarrow"}) - {"scipy"}

@@ -19,7 +19,7 @@ from simulator.workload.habits import Habits
 # an assumption.
 UNCALIBRATED = {
     ("gpu", False): (1.0, 1.6, 42),
-    ("gpu", True): (1.0, 2.1, 46),
+    ("gpu", True): (0.9, 2.1, 46),
     ("tpu", False): (0.9, 1.35, 7),
     ("tpu", True): (1.0, 2.9, 10),
     ("cpu", False): (0.5, 2.0, 0),

@@ -18,8 +18,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from hw_profiles.cluster import Cluster
 from hw_profiles.errors import QuestionError
 from hw_profiles.loader import resolve_cluster
+from hw_profiles.schema import Chip
+from simulator.calibration.questions import Answer, Question
 from simulator.network.collectives import NVLS_FROM, collective_rate, transport_rate
 
 CHIPS = {
@@ -54,9 +57,19 @@ class CollectiveCase:
     library: str
     seconds: float
 
+    def answer(self, chip: Chip | None = None) -> Answer:
+        """The forecast by `chip` (None: the shipped profile), its interval, and the seconds of the bare ports."""
+        cluster = resolve_cluster(self.cluster, chip=chip)
+        seconds = self._forecast_s(cluster)
+        spread = None if self.kind.startswith("moe_") else residuals(cluster, self.kind, self.size * self.stride)
+        interval = None if spread is None else (seconds * spread["p10"], seconds * spread["p90"])
+        return Answer(seconds, port_seconds(cluster, self.kind, self.size, self.bytes, self.between), interval)
+
     def forecast_s(self) -> float:
         """Seconds that the network model gives."""
-        cluster = resolve_cluster(self.cluster)
+        return self._forecast_s(resolve_cluster(self.cluster))
+
+    def _forecast_s(self, cluster: Cluster) -> float:
         rate = None
         if self.transport:
             rate = transport_rate(cluster, self.transport, self.kind.removeprefix("moe_"), self.size, self.sms)
@@ -64,6 +77,46 @@ class CollectiveCase:
             kind = "all_to_all" if self.kind.startswith("moe_") else self.kind
             rate = collective_rate(cluster, kind, self.size, self.stride, self.between)
         return float(rate.seconds(self.bytes))
+
+
+def residuals(cluster: Cluster, kind: str, span: int) -> Mapping[Any, float] | None:
+    """Quantiles of measured over modelled time of a collective over `span` devices; None where no fit carries them."""
+    if cluster.torus is not None or span > cluster.levels[0].devices:
+        return None
+    family = {"all_gather": "ring", "reduce_scatter": "ring"}.get(kind, kind)
+    if kind == "all_reduce" and cluster.levels[0].in_switch_efficiency and span >= NVLS_FROM:
+        family = "in_switch"
+    fits = {str(name): fit for name, fit in cluster.chip.scale_up.collectives.items()}
+    return fits[family].residuals if family in fits else None
+
+
+def port_seconds(cluster: Cluster, kind: str, size: int, bytes_: float, between: float = 1.0) -> float | None:
+    """Seconds of a collective if what it sends over the slowest network it crosses went at the rate of the ports.
+
+    nccl-tests' bus bytes: S(n-1)/n, twice for an all-reduce; an all-to-all over domains sends only what leaves its own.
+    """
+    passes = PASSES.get(kind, 1.0)
+    if size < 2 or not bytes_:
+        return None
+    if cluster.torus is not None:
+        return passes * bytes_ * (size - 1) / size / (cluster.chip.scale_up_bytes_per_s / cluster.chip.devices_per_chip)
+    inner = cluster.levels[0]
+    if size <= inner.devices:
+        return passes * bytes_ * (size - 1) / size / inner.bytes_per_s
+    outer = cluster.levels[-1]
+    if kind == "all_to_all" or kind.startswith("moe_"):
+        return bytes_ * between * (size - inner.devices) / size / outer.bytes_per_s
+    return passes * bytes_ * (size - 1) / size / (outer.bytes_per_s * inner.devices)
+
+
+def collective_question(row: Mapping[str, str]) -> Question:
+    """The question of a row; QuestionError with the reason where it is none that the profiles answer."""
+    case = collective_case(row)
+    name = f"{case.kind.replace('_', ' ')}, {'one domain' if case.nodes == 1 else 'nodes'}"
+    return Question(
+        row["id"], "time", "s", case.chip, "", name, case.kind, case.seconds,
+        lambda chip, engine: case.answer(chip),
+    )  # fmt: skip
 
 
 def distinct(domains: int, experts_per_token: int, reach: int | None = None) -> float:

@@ -89,7 +89,8 @@ def _csv(rows: Iterable[Mapping[str, Any]]) -> str:
     return out.getvalue()
 
 
-def _csv_rows(data: bytes, start: str) -> list[dict[str, Any]]:
+def csv_text_rows(data: bytes, start: str) -> tuple[list[str], list[dict[str, str]]]:
+    """Columns and rows of any CSV table, as texts; QuestionError, naming the line, where it is none."""
     import csv
 
     try:
@@ -100,13 +101,18 @@ def _csv_rows(data: bytes, start: str) -> list[dict[str, Any]]:
         raise QuestionError(f"{start}: not a text file (UTF-8)") from None
     except csv.Error as error:
         raise QuestionError(f"{start}: not a CSV table: {error}") from None
-    _check_columns(names, start)
-    out = []
+    if len(set(names)) < len(names):
+        raise QuestionError(f"{start}: a column appears twice")
     for i, row in enumerate(rows):
         if None in row or None in row.values():
             raise QuestionError(f"{start}, line {i + 2}: has not as many fields as the first line")
-        out.append({k: _plain(k, v, f"{start}, line {i + 2}") for k, v in row.items()})
-    return out
+    return names, rows
+
+
+def _csv_rows(data: bytes, start: str) -> list[dict[str, Any]]:
+    names, rows = csv_text_rows(data, start)
+    _check_columns(names, start)
+    return [{k: _plain(k, v, f"{start}, line {i + 2}") for k, v in row.items()} for i, row in enumerate(rows)]
 
 
 def _plain(name: str, text: str, start: str) -> Any:

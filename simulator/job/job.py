@@ -239,12 +239,22 @@ class Overlap(Section):
 
 
 class Software(Section):
-    """The software that is assumed: its habits (attention kernels, number formats, recompute) change the cost."""
+    """The software that is assumed: its habits (attention kernels, number formats, recompute) change the cost.
+
+    `attention` replaces the kernel of a torch stack: unfused writes all S x S scores, as Megatron did before Flash.
+    """
 
     stack: Stack = "generic"
     release: str | None = None
     graphs: bool | None = None
+    attention: Literal["fused", "unfused"] | None = None
     overlap: Overlap = Overlap()
+
+    @model_validator(mode="after")
+    def _own_kernel(self) -> Software:
+        if self.attention is not None and self.stack not in ("generic", "megatron", "torchtitan"):
+            raise ValueError(f"attention {self.attention}: stack {self.stack} has one kernel of its own; leave it out")
+        return self
 
 
 class Job(Section):
@@ -263,6 +273,9 @@ class Job(Section):
         """SHA-256 of the canonical resolved job, without names, notes, and what only says how long to run."""
         texts = {"notes", "source", "published", "name"}
         data = self.model_dump(mode="json", exclude={"name": True, "model": texts, "training": {"run": True}})
+        if data["software"]["attention"] is None:
+            # Jobs that leave it out keep the hash that they had before there was a choice.
+            del data["software"]["attention"]
         return hashlib.sha256(json.dumps(data, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
     @property

@@ -6,6 +6,7 @@ profiles, logs and tables. Seconds, bytes and FLOPs are per device.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -75,3 +76,37 @@ class MeasurementTable:
     jobs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     routing: Mapping[str, str] = field(default_factory=dict)
     name: str = ""
+
+
+# What makes a row the same measurement wherever it is copied to: not its id, which tables number anew, nor its date.
+IDENTITY = (
+    "source", "chip", "software", "kind", "name", "seconds", "phase", "shape", "dtype", "bytes", "group_size", "stride",
+    "devices", "device", "statistic", "job_hash",
+)  # fmt: skip
+HASH_DIGITS = 16
+
+
+def row_hash(fields: Mapping[str, Any]) -> str:
+    """A short SHA-256 (64 bits, hexadecimal) of a row's identifying fields, in no order, empty ones left out.
+
+    Numbers hash by value, so that `8`, `8.0` and 8 are one; a list (a shape) as numbers joined by `x`.
+    """
+    said = sorted(f"{name}={text}" for name, value in fields.items() if (text := _canonical(value)))
+    return hashlib.sha256("\n".join(said).encode()).hexdigest()[:HASH_DIGITS]
+
+
+def measurement_hash(row: Measurement) -> str:
+    """`row_hash` of a measurement: what a calibrated profile lists of the rows that it was fitted on."""
+    return row_hash({name: getattr(row, name) for name in IDENTITY})
+
+
+def _canonical(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, tuple | list):
+        return "x".join(_canonical(v) for v in value)
+    text = str(value).strip()
+    try:
+        return repr(float(text))
+    except ValueError:
+        return text

@@ -83,7 +83,7 @@ def habits_of(job: Job, chip_kind: str, *, accumulates: bool = False) -> Habits:
     if own and job.model.family != "lstm":
         # Scores of 512 queries at a time, made again in the backward pass; shorter sequences whole (core_attention).
         attention, block, backward = "blocks", 512, 2.5
-    elif stack in ("t5x", "mesh-tensorflow") or job.model.family == "lstm":
+    elif job.software.attention == "unfused" or stack in ("t5x", "mesh-tensorflow") or job.model.family == "lstm":
         attention, block, backward = "dense", 1, 2.0
     elif chip_kind == "tpu":
         attention, block, backward = "splash", 512, 3.5
