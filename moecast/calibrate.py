@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -46,7 +47,7 @@ def calibrate(
     start = load_chip_file(base) if base.endswith((".yaml", ".yml")) else load_chip(base)
     read = [read_table(path) for path in tables]
     with busy(f"fitting on {sum(len(t.rows) for t in read):,} rows"):
-        found = fit(read, start)
+        found = fit(read, start, {p.name: sha256(p.read_bytes()).hexdigest() for p in tables})
     write_whole(output, profile_text(found, [p.name for p in tables]).encode())
     if as_json:
         left_out = [{"id": n, "measured_s": m, "forecast_s": f, "error": f / m - 1} for n, m, f in found.left_out]

@@ -38,6 +38,20 @@ def calibrated_interval(ops: Sequence[OpRow], chip: Chip, step_s: float) -> tupl
     return (middle * math.exp(-reach), middle * math.exp(reach)), meaning
 
 
+def class_interval(ops: Sequence[OpRow], chip: Chip) -> tuple[float, float] | None:
+    """80 % interval of the seconds of `ops`, all of one class and pass; None where the profile has not fitted it."""
+    known = [chip.op_classes.get(f"{class_of(o.scope)}:{o.phase}") for o in ops]
+    if not ops or any(k is None for k in known):
+        return None
+    low = high = 0.0
+    for row, k in zip(ops, known, strict=True):
+        assert k is not None
+        wider = PER_DECADE ** decades_outside(row.time_s / max(row.count, 1.0), k)
+        low += row.time_s * min(k.residuals["p10"], k.residuals["p50"]) ** wider
+        high += row.time_s * max(k.residuals["p90"], k.residuals["p50"]) ** wider
+    return low, high
+
+
 def _class_spread(row: OpRow, chip: Chip) -> float:
     known = chip.op_classes.get(f"{class_of(row.scope)}:{row.phase}")
     if known is None:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 
 from hw_profiles.errors import QuestionError
-from hw_profiles.schema import Chip, StepSpread
+from hw_profiles.schema import Calibration, Chip, FittedTable, StepSpread
 from simulator.analysis.forecast import forecast
 from simulator.analysis.spread import own_spread
 from simulator.calibration.fit_machine import fit_machine, fit_sharing
@@ -19,7 +20,7 @@ from simulator.calibration.fit_network import Timed, fit_network
 from simulator.calibration.fit_ops import fit_classes
 from simulator.calibration.observations import Observed, host_seconds, observed
 from simulator.calibration.terms import Pass, Terms, terms_of
-from simulator.results.measurement import Measurement, MeasurementTable
+from simulator.results.measurement import Measurement, MeasurementTable, measurement_hash
 
 FEWEST_JOBS = 3
 # Of the stated interval.
@@ -38,8 +39,8 @@ class Calibrated:
     left_out: list[tuple[str, float, float]] = field(default_factory=list)
 
 
-def calibrate(tables: Sequence[MeasurementTable], base: Chip) -> Calibrated:
-    """Fit `base` on all rows of `tables` that are of its kind.
+def calibrate(tables: Sequence[MeasurementTable], base: Chip, sums: Mapping[str, str] | None = None) -> Calibrated:
+    """Fit `base` on all rows of `tables` that are of its kind; `sums` are the SHA-256 of their files, by name.
 
     QuestionError, naming table and rule, where there is nothing to fit, too few jobs, or rows of another chip.
     """
@@ -78,6 +79,7 @@ def calibrate(tables: Sequence[MeasurementTable], base: Chip) -> Calibrated:
                 f"{len(together)} of {len(out.chip.op_classes)} op classes have one factor: launches, arithmetic and"
                 f" traffic could not be told apart ({', '.join(together[:3])}, ...)"
             )
+    out.chip = out.chip.model_copy(update={"calibration": _fitted_on(tables, base, sums or {})})
     return out
 
 
@@ -86,6 +88,19 @@ def _check_chip(tables: Sequence[MeasurementTable], base: Chip) -> None:
         for row in table.rows:
             if row.chip not in (base.name, *base.aliases):
                 raise QuestionError(f"{table.name}: {row.id} is of {row.chip!r:.40}; the base profile is {base.name}")
+
+
+def _fitted_on(tables: Sequence[MeasurementTable], base: Chip, sums: Mapping[str, str]) -> Calibration:
+    """What the profile says of the rows it was fitted on, so that none of them is taken for a test of it."""
+    listed = tuple(
+        FittedTable(name=t.name, sha256=sums.get(t.name, ""), rows=len(t.rows),
+                    ids_sha256=tuple(measurement_hash(r) for r in t.rows))
+        for t in tables
+    )  # fmt: skip
+    return Calibration(
+        tables=listed, date=_provenance(tables)[1], moecast_version=version("moecast"),
+        base=f"{base.name}, {base.title}",
+    )  # fmt: skip
 
 
 def _provenance(tables: Sequence[MeasurementTable]) -> tuple[str, str]:

@@ -15,10 +15,13 @@ from hw_profiles.errors import QuestionError
 from hw_profiles.loader import canonical_chip_name, load_chip, resolve_cluster
 from hw_profiles.schema import Chip
 from simulator.analysis.forecast import forecast
+from simulator.analysis.spread import class_interval
 from simulator.calibration.collective_rows import port_seconds, residuals
 from simulator.calibration.kernel_rows import ops_answer
+from simulator.calibration.observations import observed
 from simulator.calibration.questions import Answer, Question
 from simulator.job.load import load_job
+from simulator.kernels.roofline import class_of
 from simulator.network.collectives import PASSES, collective_rate
 from simulator.results.forecast import Forecast
 from simulator.results.measurement import NETWORK, Measurement, MeasurementTable
@@ -59,6 +62,8 @@ class _Asked:
     def __init__(self, table: MeasurementTable) -> None:
         self.table = table
         self._jobs: dict[str, _Job] = {}
+        self._observed: dict[tuple[str, str], Mapping[tuple[str, str], float]] | None = None
+        self._first: dict[tuple[str, ...], str] = {}
         self._together: dict[tuple[Any, ...], list[Measurement]] = {}
         self._networked = {(row.job_hash, row.name) for row in table.rows if row.level == NETWORK}
         for row in table.rows:
@@ -131,16 +136,37 @@ class _Asked:
             )
         if not computed:
             raise QuestionError(f"the forecast has no op {row.name}{phase}")
+        key = (class_of(row.name), row.phase)
+        shares = self._compute(row)
+        if shares and row.id != self._first[row.job_hash, row.id.partition(":")[0], *key]:
+            raise QuestionError("counted with the first device's row: op classes are means over devices and stacks")
+        seconds = shares.get(key, row.seconds)
 
         def ask(chip: Chip | None, engine: str) -> Answer:
-            found = job.ask(chip, engine)
-            [op] = [o for o in found.ops if o.scope == row.name and o.phase == row.phase]
-            used = chip or load_chip(job.chip)
-            ideal = max(op.flops / found.evidence.peak_flops_per_s, op.bytes / used.device_memory_bytes_per_s)
-            return Answer(op.time_s, ideal or None)
+            found, used = job.ask(chip, engine), chip or load_chip(job.chip)
+            ops = [o for o in found.ops if o.phase == row.phase and (shares or o.scope == row.name)]
+            ops = [o for o in ops if class_of(o.scope) == key[0]]
+            time_s = sum(o.time_s for o in ops)
+            ideal = sum(
+                max(o.flops / found.evidence.peak_flops_per_s, o.bytes / used.device_memory_bytes_per_s) for o in ops
+            )
+            return Answer(time_s, ideal or None, class_interval(ops, used))
 
         part = row.name.partition(".")[2] or row.name
-        return Question(row.id, "time", "s", job.chip, job.model, part, row.kind, row.seconds, ask, row.job_hash)
+        return Question(row.id, "time", "s", job.chip, job.model, part, row.kind, seconds, ask, row.job_hash)
+
+    def _compute(self, row: Measurement) -> Mapping[tuple[str, str], float]:
+        """What the fit takes for the seconds of each class and pass of the row's measurement; empty without a trace.
+
+        A trace says how a step divides, the timed steps how long it is (observations.py).
+        """
+        if self._observed is None:
+            self._observed = {(o.job.hash, o.name): o.compute_s for o in observed([self.table], {})}
+            for other in self.table.rows:
+                if other.kind == "op" and other.level != NETWORK:
+                    part = other.id.partition(":")[0]
+                    self._first.setdefault((other.job_hash, part, class_of(other.name), other.phase), other.id)
+        return self._observed.get((row.job_hash, row.id.partition(":")[0]), {})
 
     def _memory(self, row: Measurement) -> Question:
         job = self._job(row)
