@@ -153,7 +153,9 @@ def _measure_here(path: Path, job: Job, output: Path, steps: int, traced: int) -
         beside = output.with_suffix(".routing.parquet")
         write_routing(beside, found.routing)
         routing = {job.hash: beside.name}
-    write_table(MeasurementTable(found.rows, {job.hash: job.model_dump(mode="json")}, routing), output)
+    timelines = {job.hash: found.timeline} if found.timeline else {}
+    whole = MeasurementTable(found.rows, {job.hash: job.model_dump(mode="json")}, routing, output.name, timelines)
+    write_table(whole, output)
 
 
 def _bench_here(output: Path, devices: int | None, chip: str | None, seconds: float) -> None:
@@ -196,15 +198,18 @@ def _joined(parts: Sequence[Path], output: Path) -> MeasurementTable:
     rows: list[Any] = []
     jobs: dict[str, Any] = {}
     routing: dict[str, str] = {}
+    timelines: dict[str, Any] = {}
+    beside = output.with_name(f"{output.stem}.routing")
     for part in parts:
         table = read_table(part)
         rows += table.rows
         jobs |= table.jobs
+        timelines |= table.timelines
         for key, name in table.routing.items():
-            kept = output.with_name(f"{output.stem}.{key[:12]}.routing.parquet")
-            write_whole(kept, (part.parent / name).read_bytes())
-            routing[key] = kept.name
-    return MeasurementTable(tuple(rows), jobs, routing, output.name)
+            beside.mkdir(exist_ok=True)
+            write_whole(beside / f"{key[:12]}.parquet", (part.parent / name).read_bytes())
+            routing[key] = f"{beside.name}/{key[:12]}.parquet"
+    return MeasurementTable(tuple(rows), jobs, routing, output.name, timelines)
 
 
 def _finish(table: MeasurementTable, output: Path, as_json: bool) -> None:

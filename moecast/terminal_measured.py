@@ -25,7 +25,7 @@ def summary(table: MeasurementTable, output: Path) -> dict[str, Any]:
         for r in table.rows
         if r.kind == "step"
     ]
-    routing = {key: str(output.with_name(name)) for key, name in table.routing.items()}
+    routing = {key: str(output.parent / name) for key, name in table.routing.items()}
     return {"table": str(output), "rows": len(table.rows), "kinds": kinds, "steps": steps, "routing": routing}
 
 

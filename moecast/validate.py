@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from hw_profiles.errors import QuestionError, nearest
 from moecast.programs import Json
 from moecast.progress import bar
+
+if TYPE_CHECKING:
+    from hw_profiles.schema import Chip
+    from simulator.results.validation import ValidationResult
 
 EXAMPLE = "Example: moecast validate train_steps.csv --where spec_level=full --first-per dup_group --html scores.html"
 ENGINES = ("closed-form", "events")
@@ -81,13 +85,31 @@ def validate(
     if html is not None:
         from reports.validation_page import write_validation_page
 
-        write_validation_page(result, html)
+        before = run(read, Options(None, "as shipped", engine, allow_fitted)) if chip is not None else None
+        write_validation_page(result, html, more=lambda: _loop(tables, result, before, chip))
     if as_json:
         print(json.dumps(result.to_dict(), indent=1, allow_nan=False))
         return
     from moecast.terminal_validate import print_validation
 
     print_validation(result, html, all_groups)
+
+
+def _loop(paths: list[Path], result: ValidationResult, before: ValidationResult | None, chip: Chip | None) -> list[str]:
+    """What a page shows of our own tables beside scores: before and after, two measurements of one job, timelines."""
+    from reports.loop_page import before_and_after, side_by_side, spread_of
+    from simulator.analysis.forecast import forecast
+    from simulator.calibration.tables import read_table
+    from simulator.job.load import load_job
+
+    out = [before_and_after(before, result)] if before is not None else []
+    own = [p for p, t in zip(paths, result.tables, strict=True) if t.kind == "measurements"]
+    for table in map(read_table, own):
+        jobs = {key: load_job(dict(table.jobs[key])) for key in list(table.timelines)[:4] if key in table.jobs}
+        simulated = {key: forecast(job, chip=chip).timeline for key, job in jobs.items()}
+        known = {key: timeline for key, timeline in simulated.items() if timeline is not None}
+        out += [spread_of(table), side_by_side(table, known, {key: job.name for key, job in jobs.items()})]
+    return [part for part in out if part]
 
 
 def _condition(text: str) -> tuple[str, str]:

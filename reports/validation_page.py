@@ -29,17 +29,21 @@ TITLES = {"s": "time, s", "bytes": "bytes", "FLOPs": "FLOPs"}
 
 
 def write_validation_page(
-    result: ValidationResult, path: Path, title: str = "moecast: forecasts beside measurements"
+    result: ValidationResult,
+    path: Path,
+    title: str = "moecast: forecasts beside measurements",
+    more: Callable[[], Sequence[str]] = tuple,
 ) -> None:
-    """Writes the page to `path`, whole or not at all."""
-    write_whole(path, render(result, title).encode())
+    """Writes the page to `path`, whole or not at all; `more` makes sections that follow the summary."""
+    write_whole(path, render(result, title, more).encode())
 
 
-def render(result: ValidationResult, title: str) -> str:
+def render(result: ValidationResult, title: str, more: Callable[[], Sequence[str]] = tuple) -> str:
     """The page as text; the same result gives the same bytes."""
     undo = draw.fixed_json()
     try:
-        body = "\n".join(part for part in _sections(result) if part)
+        parts = _sections(result)
+        body = "\n".join(part for part in (parts[0], *more(), *parts[1:]) if part)
     finally:
         undo()
     return page(body, title)

@@ -33,7 +33,9 @@ rows = st.builds(
 @given(st.lists(rows, min_size=1, max_size=5, unique_by=lambda r: r.id), st.sampled_from([".csv", ".parquet"]))
 def test_what_is_written_is_read(tmp_path_factory: pytest.TempPathFactory, given: list[Measurement], end: str) -> None:
     path = tmp_path_factory.mktemp("tables") / f"table{end}"
-    table = MeasurementTable(tuple(given), {"h": {"model": "x"}}, {"h": "r.parquet"}, path.name)
+    table = MeasurementTable(
+        tuple(given), {"h": {"model": "x"}}, {"h": "r.parquet"}, path.name, {"h": [(0, "forward", 0.0, 1.5)]}
+    )
     write_table(table, path)
     back = read_table(path)
     assert back.rows == table.rows

@@ -139,6 +139,54 @@ def collective_calls(found: Execution, program: Program) -> list[Call]:
     return out
 
 
+# Collectives on weights and gradients by their kind; what else there is carries activations.
+_STATES = {"all-gather": "parameters", "reduce-scatter": "gradients", "all-reduce": "gradients"}
+# Closer intervals of one kind are drawn as one.
+JOINED_NS = 20_000.0
+
+
+def intervals(found: Execution, program: Program) -> list[tuple[int, str, float, float]]:
+    """A step as (device, kind, start, end) in seconds from its first event, in the words of a forecast's timeline.
+
+    Waiting for the last member of a collective's group is `imbalance`.
+    """
+    arrivals, out = _arrivals(found, program), []
+    for device in sorted(found.devices):
+        parts: list[tuple[str, float, float]] = []
+        for event in found.devices[device]:
+            place = program.place(event.op)
+            if place is None:
+                continue
+            if place.collective is None:
+                kind = "optimizer" if place.scope == "optimizer.update" else _pass(place.phase)
+                parts.append((kind, event.start_ns, event.end_ns))
+                continue
+            last = min(max(arrivals[device, id(event)], event.start_ns), event.end_ns)
+            parts.append(("imbalance", event.start_ns, last))
+            parts.append((_STATES.get(place.collective.kind, "all-to-all"), last, event.end_ns))
+        out += [
+            (device, kind, (a - found.start_ns) * 1e-9, (b - found.start_ns) * 1e-9)
+            for kind, a, b in _joined(sorted(parts, key=lambda p: p[1]))
+        ]
+    return out
+
+
+def _pass(phase: str) -> str:
+    return "forward" if phase == "forward" else "backward"
+
+
+def _joined(parts: Iterable[tuple[str, float, float]]) -> list[tuple[str, float, float]]:
+    out: list[tuple[str, float, float]] = []
+    for kind, start, end in parts:
+        if end <= start:
+            continue
+        if out and out[-1][0] == kind and start - out[-1][2] < JOINED_NS:
+            out[-1] = (kind, out[-1][1], max(end, out[-1][2]))
+        else:
+            out.append((kind, start, end))
+    return out
+
+
 def _arrivals(found: Execution, program: Program) -> dict[tuple[int, int], float]:
     """When the last member of its group arrived at each collective event, by device and event."""
     runs: dict[tuple[str, int], dict[int, Event]] = defaultdict(dict)

@@ -22,7 +22,7 @@ from hw_profiles.errors import WorkFailed
 from hw_profiles.loader import resolve_cluster
 from simulator.job.rules import resolve
 from simulator.results.measurement import NETWORK, Measurement
-from trainer.attribution import Call, Part, Program, Share, check_program, collective_calls, shares
+from trainer.attribution import Call, Part, Program, Share, check_program, collective_calls, intervals, shares
 from trainer.batches import Placer
 from trainer.hlo import CompiledProgram, parse_module, read_program
 from trainer.hlo_memory import compile_lowered
@@ -41,10 +41,11 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Measured:
-    """What one measurement of a job gave: rows of the table, and what its routers did in the timed steps."""
+    """What one measurement of a job gave: rows of the table, what its routers did, and the last traced step."""
 
     rows: tuple[Measurement, ...]
     routing: tuple[LayerSeen, ...]
+    timeline: tuple[tuple[int, str, float, float], ...] = ()
 
 
 def software() -> str:
@@ -91,10 +92,12 @@ def measure(
         placer.close()
     maker = _Rows(job, cluster.chip.name, len(devices), part)
     rows = [maker.step(seconds), *maker.memory(program)]
+    timeline: tuple[tuple[int, str, float, float], ...] = ()
     if executions:
         index = Program(parse_module(compiled.as_text()), program.collectives)
         rows += _trace_rows(maker, executions, index, program, job.name)
-    return Measured(tuple(rows), tuple(run.seen))
+        timeline = tuple(intervals(executions[-1], index))
+    return Measured(tuple(rows), tuple(run.seen), timeline)
 
 
 class _Steps:

@@ -51,7 +51,7 @@ def write_table(table: MeasurementTable, path: Path) -> None:
         raise QuestionError(f"{path}: must end in .parquet or .csv")
     pa: Any = importlib.import_module("pyarrow")
     parquet: Any = importlib.import_module("pyarrow.parquet")
-    beside = {"version": VERSION, "jobs": table.jobs, "routing": table.routing}
+    beside = {"version": VERSION, "jobs": table.jobs, "routing": table.routing, "timelines": table.timelines}
     made = pa.Table.from_pylist([{**r, "shape": list(r["shape"])} for r in rows], schema=schema())
     made = made.replace_schema_metadata({_KEY: json.dumps(beside, sort_keys=True).encode()})
     out = io.BytesIO()
@@ -74,7 +74,18 @@ def read_table(path: Path) -> MeasurementTable:
     jobs, routing = beside.get("jobs"), beside.get("routing")
     if not isinstance(jobs, dict) or not isinstance(routing, dict):
         raise QuestionError(f"{start}: its metadata has no jobs")
-    return MeasurementTable(_rows(rows, start, csv=False), jobs, routing, path.name)
+    timelines = _timelines(beside.get("timelines", {}), start)
+    return MeasurementTable(_rows(rows, start, csv=False), jobs, routing, path.name, timelines)
+
+
+def _timelines(found: Any, start: str) -> dict[str, list[tuple[int, str, float, float]]]:
+    """The timelines in the metadata; QuestionError where they are none."""
+    try:
+        return {
+            str(key): [(int(d), str(k), float(a), float(b)) for d, k, a, b in parts] for key, parts in found.items()
+        }
+    except (AttributeError, TypeError, ValueError):
+        raise QuestionError(f"{start}: the timelines in its metadata are none") from None
 
 
 def _csv(rows: Iterable[Mapping[str, Any]]) -> str:

@@ -7,7 +7,7 @@ profiles, logs and tables. Seconds, bytes and FLOPs are per device.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,12 +70,17 @@ class Measurement:
 
 @dataclass(frozen=True, slots=True)
 class MeasurementTable:
-    """Rows, the jobs (as mappings, by hash) that they speak of, and files that go with it (routing, by job hash)."""
+    """Rows, the jobs (as mappings, by hash) that they speak of, and files that go with it (routing, by job hash).
+
+    `timelines` are one traced step each, by job hash: (device, kind, start, end) in seconds from its first event, the
+    kinds those of a forecast's timeline.
+    """
 
     rows: tuple[Measurement, ...]
     jobs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     routing: Mapping[str, str] = field(default_factory=dict)
     name: str = ""
+    timelines: Mapping[str, Sequence[tuple[int, str, float, float]]] = field(default_factory=dict)
 
 
 # What makes a row the same measurement wherever it is copied to: not its id, which tables number anew, nor its date.

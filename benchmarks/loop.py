@@ -1,0 +1,169 @@
+"""The loop on this machine: forecast, run and measure, calibrate, forecast jobs that the fit has not seen, compare.
+
+    python -m benchmarks.loop [--out runs/loop] [--only 2|8]
+
+Every stage is a moecast command, printed as it runs. Jobs are small mixtures on two CPU devices (as many as a small
+machine has cores) and on eight (more than that); held-out ones have other widths, expert counts, capacity factors and
+expert degrees. Held-out jobs are measured twice, interleaved: no error can be smaller than what these differ by.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+BASE = Path(__file__).parents[1] / "examples" / "tiny-moe.yaml"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What a job changes of examples/tiny-moe.yaml."""
+
+    devices: int
+    hidden: int
+    ffn: int
+    experts: int
+    factor: float
+    degree: int
+
+    @property
+    def name(self) -> str:
+        """Its name in tables."""
+        return f"d{self.devices}-h{self.hidden}-f{self.ffn}-e{self.experts}-c{self.factor:g}-p{self.degree}"
+
+    def job(self) -> dict[str, Any]:
+        """The job file."""
+        job: dict[str, Any] = yaml.safe_load(BASE.read_text())
+        heads = {"heads": self.hidden // 16, "kv_heads": self.hidden // 32, "head_dim": 16}
+        moe = {"experts": self.experts, "top_k": 2, "expert": {"hidden": self.ffn}}
+        job["model"] |= {"hidden": self.hidden}
+        job["model"]["decoder"] |= {"attention": heads, "moe": moe}
+        capacity = {"factor": self.factor, "basis": "assignments", "group_tokens": 128}
+        return job | {
+            "name": self.name,
+            "cluster": {"chip": "cpu-host", "devices": self.devices},
+            "plan": {"expert": self.degree},
+            "batch": {"sequences": 16, "length": 128},
+            "training": job["training"] | {"capacity": capacity, "run": {"steps": 50}},
+        }
+
+
+FIT = (
+    Variant(2, 64, 128, 4, 1.25, 2), Variant(2, 64, 256, 8, 1.25, 2), Variant(2, 128, 256, 4, 1.0, 2),
+    Variant(2, 128, 512, 8, 1.25, 1), Variant(2, 96, 192, 8, 2.0, 2), Variant(2, 64, 512, 16, 1.0, 1),
+    Variant(2, 160, 320, 4, 1.5, 2),
+    Variant(8, 64, 128, 8, 1.25, 8), Variant(8, 128, 256, 8, 1.25, 8), Variant(8, 96, 192, 16, 1.25, 2),
+    Variant(8, 64, 512, 8, 1.0, 4),
+)  # fmt: skip
+HELD_OUT = (
+    Variant(2, 96, 320, 8, 1.25, 2), Variant(2, 128, 224, 4, 2.0, 1), Variant(2, 64, 384, 8, 1.5, 1),
+    Variant(2, 128, 192, 12, 1.25, 2),
+    Variant(8, 64, 320, 16, 1.25, 8), Variant(8, 96, 384, 8, 1.5, 4),
+)  # fmt: skip
+
+
+def run(*arguments: str) -> None:
+    """One of our commands, shown as it runs; this script ends where it fails."""
+    print(f"\n$ moecast {' '.join(arguments)}", flush=True)
+    code = subprocess.run([sys.executable, "-m", "moecast", *arguments], check=False).returncode
+    if code:
+        sys.exit(code)
+
+
+def answer(*arguments: str) -> Any:
+    """The JSON of one of our commands."""
+    done = subprocess.run(
+        [sys.executable, "-m", "moecast", *arguments, "--json"], stdout=subprocess.PIPE, check=False, text=True
+    )
+    if done.returncode:
+        sys.exit(done.returncode)
+    return json.loads(done.stdout)
+
+
+def written(variants: Sequence[Variant], folder: Path) -> list[str]:
+    """The job files of `variants`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    out = []
+    for variant in variants:
+        path = folder / f"{variant.name}.yaml"
+        path.write_text(yaml.safe_dump(variant.job(), sort_keys=False))
+        out.append(str(path))
+    return out
+
+
+def main() -> None:
+    """The whole loop; prints what came of it."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
+    parser.add_argument("--out", type=Path, default=Path("runs/loop"))
+    parser.add_argument("--only", type=int, choices=(2, 8), help="jobs of so many devices alone")
+    parser.add_argument("--steps", type=int, default=20)
+    options = parser.parse_args()
+    begun, out = time.monotonic(), options.out
+    fit, held = ([v for v in vs if options.only in (None, v.devices)] for vs in (FIT, HELD_OUT))
+    fit_jobs, held_jobs = written(fit, out / "fit"), written(held, out / "held_out")
+    benches = []
+    for devices in sorted({v.devices for v in fit}):
+        benches.append(str(out / f"bench-{devices}.parquet"))
+        run("bench", "--devices", str(devices), "--seconds", "0.05", "-o", benches[-1])
+    run("measure", *fit_jobs, "--steps", str(options.steps), "-o", str(out / "fit.parquet"))
+    profile = str(out / "here.yaml")
+    run("calibrate", *benches, str(out / "fit.parquet"), "--base", "cpu-host", "-o", profile)
+    run("measure", *held_jobs, "--steps", str(options.steps), "--rounds", "2", "-o", str(out / "held_out.parquet"))
+    page = str(out / "loop.html")
+    run("validate", str(out / "held_out.parquet"), "--profile", profile, "--html", page)
+    after = answer("validate", str(out / "held_out.parquet"), "--profile", profile)
+    before = answer("validate", str(out / "held_out.parquet"))
+    print(f"\n{summary(before, after)}\n\npage: {page}; all of it took {time.monotonic() - begun:.0f} s")
+
+
+def summary(before: dict[str, Any], after: dict[str, Any]) -> str:
+    """Steps of held-out jobs before and after, all-to-alls, memory, intervals; and the spread of equal jobs."""
+    lines = [f"{'held-out job':28} {'measured':>10} {'again':>8} {'before':>8} {'after':>8} {'interval, ms':>14}"]
+    old = {r["id"]: r for r in before["per_row"]}
+    steps: dict[str, list[dict[str, Any]]] = {}
+    for row in after["per_row"]:
+        if row["id"].endswith(":step"):
+            steps.setdefault(row["id"].partition("#")[0], []).append(row)
+    for name, rows in steps.items():
+        first, second = rows[0]["measured"], rows[-1]["measured"]
+        middle = (first + second) / 2
+        low, high = rows[0]["interval"]
+        lines.append(
+            f"{name:28} {first * 1e3:7.1f} ms {second / first - 1:+8.1%} {old[rows[0]['id']]['forecast'] / middle - 1:+8.1%}"
+            f" {rows[0]['forecast'] / middle - 1:+8.1%} {low * 1e3:6.1f}-{high * 1e3:.1f}"
+        )
+    for devices in sorted({name.partition("-")[0] for name in steps}):
+        own = {n: r for n, r in steps.items() if n.startswith(f"{devices}-")}
+        errors = {
+            "before": [abs(old[r["id"]]["error"]) for rows in own.values() for r in rows],
+            "after": [abs(r["error"]) for rows in own.values() for r in rows],
+            "A/A": [abs(rows[-1]["measured"] / rows[0]["measured"] - 1) for rows in own.values()],
+        }
+        said = ", ".join(f"{k} {statistics.median(v):.1%}" for k, v in errors.items())
+        lines.append(f"steps on {devices[1:]} devices, median error: {said}")
+    for what, wanted in (("all-to-all", "all to all"), ("peak memory", "peak")):
+        rows = [r for r in after["per_row"] if r.get("op_class") == wanted]
+        if rows:
+            first = statistics.median(abs(old[r["id"]]["error"]) for r in rows if r["id"] in old)
+            lines.append(
+                f"{what}, median error: before {first:.1%}, after"
+                f" {statistics.median(abs(r['error']) for r in rows):.1%} of {len(rows)} rows"
+            )
+    stated = [r for r in after["per_row"] if r["interval"]]
+    inside = sum(r["interval"][0] <= r["measured"] <= r["interval"][1] for r in stated)
+    lines.append(f"80 % intervals hold {inside} of {len(stated)} held-out measurements: {inside / len(stated):.0%}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
