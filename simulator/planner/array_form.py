@@ -8,7 +8,7 @@ are degrees, and all flags are worked out for all rows that are asked for under 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
@@ -50,6 +50,19 @@ class Answers:
     broken: Counter[tuple[str, str]] = field(default_factory=Counter)
 
 
+@dataclass(slots=True)
+class Part:
+    """Answers of some `rows`: flags with seconds, bytes and FLOPs of each row; and how many plans a judge dropped."""
+
+    rows: NDArray[np.intp]
+    answers: list[tuple[Flags, Column, Column, Column]]
+    dropped: int
+
+
+# Keeps rows by a lower bound of their seconds, their exact bytes, and which of them keep the rules.
+Judge = Callable[[Column, Column, NDArray[np.bool_]], NDArray[np.bool_]]
+
+
 class ArrayForm:
     """The closed form of one job on one cluster; remembers lines of collectives, loads of ranks, and pipelines."""
 
@@ -66,15 +79,32 @@ class ArrayForm:
 
     def block(self, place: Sequence[int], core: Sequence[Column], flags: Sequence[Flags]) -> Answers:
         """Answers of all `flags` for all rows of `core` (columns in the order of `CORE`) under one `BLOCK` of codes."""
-        n = len(core[0])
-        shape = (len(flags), n)
-        out = Answers(np.full(shape, np.nan), np.full(shape, np.nan), np.full(shape, np.nan))
+        shape = (len(flags), len(core[0]))
+        out = Answers(*(np.full(shape, np.nan) for _ in NAMES))
+        for part in self.parts(place, core, flags, out.broken):
+            for f, *found in part.answers:
+                for whole, one in zip((out.step_s, out.memory_bytes, out.model_flops), found, strict=True):
+                    whole[flags.index(f), part.rows] = one
+        return out
+
+    def parts(
+        self,
+        place: Sequence[int],
+        core: Sequence[Column],
+        flags: Sequence[Flags],
+        broken: Counter[tuple[str, str]],
+        judge: Judge | None = None,
+    ) -> Iterator[Part]:
+        """The same in parts of up to `ROWS` rows, so that memory stays flat; rules that refuse plans go to `broken`.
+
+        A `judge` sees memory and least time of plans before the rest of their cost is worked out, and drops some.
+        """
         sieves, microbatches = self.sieve(place, core, flags)
         for f in flags:
-            out.broken.update(sieves[f.rules].broken)
+            broken.update(sieves[f.rules].broken)
         valid = np.flatnonzero(np.logical_or.reduce([s.ok for s in sieves.values()]))
         if not len(valid):
-            return out
+            return
         schedule = CHOICES["plan.schedule"][place[0]]
         stages, virtual = (core[CORE.index(name)][valid] for name in ("plan.pipeline", "plan.virtual_stages"))
         pairs, which = np.unique(np.stack([stages, virtual]), axis=1, return_inverse=True)
@@ -90,15 +120,46 @@ class ArrayForm:
             rows = rows[np.lexsort((walked[rows], which[rows]))]
             for low in range(0, len(rows), ROWS):
                 here = rows[low : low + ROWS]
-                at, present = np.unique(which[here], return_inverse=True)
-                grid = Grid(self, place, [c[valid[here]] for c in core], flags, [pipelines[i] for i in at], present)
-                for i, f in enumerate(flags):
-                    ok = sieves[f.rules].ok[valid[here]]
-                    for whole, one in zip(
-                        (out.step_s, out.memory_bytes, out.model_flops), grid.answers(f), strict=True
-                    ):
-                        whole[i, valid[here]] = np.where(ok, one, np.nan)
-        return out
+                ok = {key: s.ok[valid[here]] for key, s in sieves.items()}
+                yield from self._part(place, core, flags, (pipelines, which), valid, here, ok, judge)
+
+    def _part(
+        self,
+        place: Sequence[int],
+        core: Sequence[Column],
+        flags: Sequence[Flags],
+        shapes: tuple[list[Pipeline], NDArray[np.intp]],
+        valid: NDArray[np.intp],
+        here: NDArray[np.intp],
+        ok: dict[tuple[int, int, int], NDArray[np.bool_]],
+        judge: Judge | None,
+    ) -> Iterator[Part]:
+        pipelines, which = shapes
+
+        def grid_of(rows: NDArray[np.intp], some: Sequence[Flags]) -> Grid:
+            at, present = np.unique(which[rows], return_inverse=True)
+            return Grid(self, place, [c[valid[rows]] for c in core], some, [pipelines[i] for i in at], present)
+
+        grid, masks = grid_of(here, flags), {f: ok[f.rules] for f in flags}
+        if judge is not None:
+            alive: dict[tuple[int, ...], NDArray[np.bool_]] = {}
+            for f in flags:
+                key = (*f.layers, f.shard)
+                if key not in alive:
+                    alive[key] = judge(np.broadcast_to(grid.least_s(f), len(here)), grid.peak(f), masks[f])
+            plans = sum(int(np.count_nonzero(m)) for m in masks.values())
+            masks = {f: m & alive[*f.layers, f.shard] for f, m in masks.items()}
+            left = [f for f in flags if masks[f].any()]
+            kept = np.logical_or.reduce([masks[f] for f in left]) if left else np.zeros(len(here), dtype=np.bool_)
+            yield Part(valid[here], [], plans - sum(int(np.count_nonzero(m)) for m in masks.values()))
+            if not left:
+                return
+            if len(left) < len(flags) or not kept.all():
+                here, flags = here[kept], left
+                masks = {f: masks[f][kept] for f in left}
+                grid = grid_of(here, flags)
+        answers = [(f, *(np.where(masks[f], one, np.nan) for one in grid.answers(f))) for f in flags]
+        yield Part(valid[here], answers, 0)
 
     def sieve(
         self, place: Sequence[int], core: Sequence[Column], flags: Sequence[Flags]

@@ -75,12 +75,10 @@ class Grid:
         self._habits: dict[tuple[Any, ...], Habits] = {}
         self._priced: dict[tuple[int, ...], _Priced] = {}
         self._memory: dict[tuple[int, ...], Number] = {}
+        self._least: dict[tuple[int, ...], Number] = {}
         self._passes: dict[tuple[Any, ...], list[StageResult]] = {}
         self._seen = {f: self._sees(f) for f in flags}
-        for f in flags:
-            if self._seen[f] not in self._passes:
-                self._passes[self._seen[f]] = self._add_up(f)
-        self._ends = self._walk()
+        self._ends: dict[tuple[Any, ...], Column] = {}
 
     def habits(self, f: Flags) -> Habits:
         """Habits of the job's stack under these flags."""
@@ -151,6 +149,10 @@ class Grid:
 
     def answers(self, f: Flags) -> tuple[Number, Number, Number]:
         """Seconds of a step, bytes at its fullest instant, model FLOPs of a step, [rows]."""
+        if not self._ends:
+            for seen, one in {seen: one for one, seen in self._seen.items()}.items():
+                self._passes[seen] = self._add_up(one)
+            self._ends = self._walk()
         job, degrees, stages = self.jobs[f], self.degrees[f.shard], self._passes[self._seen[f]]
         formula = self.formula(f)
         for s in stages:
@@ -159,9 +161,9 @@ class Grid:
         firsts = [(kind.first, s) for kind, s in zip(self.kinds, stages, strict=True)]
         step = self._ends[self._seen[f]] + after_s(job, degrees, firsts) + once
         flops = sum(kind.stages * s.model_flops for kind, s in zip(self.kinds, stages, strict=True))
-        return step, self._peak(f), flops * (degrees.data * degrees.tensor * degrees.context)
+        return step, self.peak(f), flops * (degrees.data * degrees.tensor * degrees.context)
 
-    def _peak(self, f: Flags) -> Number:
+    def peak(self, f: Flags) -> Number:
         """Bytes of the fullest stage; of equal stages the first has most microbatches in flight (`in_flight`)."""
         key = (*f.layers, f.shard)
         if key not in self._memory:
@@ -172,6 +174,17 @@ class Grid:
                 peaks.append(stage_memory(job, degrees, habits, held, kind.first, self.form.reserve).peak_bytes)
             self._memory[key] = largest(peaks)
         return self._memory[key]
+
+
+    def least_s(self, f: Flags) -> Number:
+        """A lower bound of the step, seconds: what its busiest device computes, no communication, no bubble."""
+        key = f.layers
+        if key not in self._least:
+            times, m = self.priced(f).times, self.any.microbatches
+            each = [[sum(n * t.compute_s for t, n in own) for own in _held(times, kind)] for kind in self.kinds]
+            # DualPipe's devices run half of the microbatches of either copy.
+            self._least[key] = largest([m * sum(own) / len(own) for own in each])
+        return self._least[key]
 
 
 def _held(each: Sequence[Any], kind: Kind) -> list[list[tuple[Any, Any]]]:

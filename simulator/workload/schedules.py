@@ -176,7 +176,7 @@ def _walked(microbatches: Number, stages: int) -> int:
     return most
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=512)
 def _steps(schedule: str, stages: int, microbatches: int, virtual: int) -> Any:
     from simulator.workload.walks import compile_steps
 
