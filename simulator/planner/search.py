@@ -8,6 +8,7 @@ bounds; both give the same answer (tests/test_planner_search.py).
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -104,20 +105,25 @@ class Search:
         self.out = Outcome(Kept(), Kept())
         self.nearest = {c.text: (np.inf, np.nan) for c in self.constraints}
         self.smallest = np.inf
+        self.per_row = math.prod(len(space.values[name]) for name in FLAGS)
 
     def run(self) -> Outcome:
         """Search. QuestionError where nothing is left: which field, memory or constraint is to blame, by how much."""
         begin = time.perf_counter()
         out = self.out
-        for n, place in enumerate(self.space.places()):
+        done = 0
+        for place in self.space.places():
             flags = self._flags(place)
-            for core in self.space.cores() if flags else ():
-                rows = self._rows(place, core, first=n == 0)
-                out.searched += len(rows) * len(flags)
-                if len(rows):
-                    self._chunk(place, [c[rows] for c in core], flags)
+            alike = [[f for f in flags if f.sequence_parallel == split] for split in (0, 1)]
+            for core in self.space.cores():
+                for some in alike:
+                    rows = self._rows(place, core, bool(some and some[0].sequence_parallel)) if some else ()
+                    out.searched += len(rows) * len(some)
+                    if len(rows):
+                        self._chunk(place, [c[rows] for c in core], some)
+                done += len(core[0]) * self.per_row
                 if self.progress is not None:
-                    self.progress(out.searched, self.space.count)
+                    self.progress(done, self.space.count)
         if not len(out.best.codes):
             raise QuestionError(self._why_empty())
         out.seconds = time.perf_counter() - begin
@@ -132,14 +138,18 @@ class Search:
         holds = all_hold(self.constraints, columns, len(flags))
         return [f for f, ok in zip(flags, holds, strict=True) if ok]
 
-    def _rows(self, place: Sequence[int], core: Sequence[Column], first: bool) -> NDArray[np.intp]:
-        """Rows that constraints on the plan alone allow, without repetitions: one stage has no schedule."""
+    def _rows(self, place: Sequence[int], core: Sequence[Column], sequence: bool) -> NDArray[np.intp]:
+        """Rows that constraints on the plan alone allow, without repetitions.
+
+        One stage has no schedule; one tensor rank splits no sequence (`sequence`: whether the flags do).
+        """
         columns = dict(zip(CORE, core, strict=True))
         holds = all_hold(self.constraints, columns, len(core[0]))
         schedules = self.space.values["plan.schedule"]
         if place[0] != schedules[0]:
             holds &= columns["plan.pipeline"] > 1
-        del first
+        if sequence and 0 in self.space.values["plan.sequence_parallel"]:
+            holds &= columns["plan.tensor"] > 1
         return np.flatnonzero(holds)
 
     def _chunk(self, place: Sequence[int], core: list[Column], flags: list[Flags]) -> None:
@@ -179,7 +189,7 @@ class Search:
 
     def _take(self, place: Sequence[int], core: Sequence[Column], part: Part) -> None:
         """Rank the plans of a part."""
-        out, n = self.out, len(part.rows)
+        out = self.out
         raw = dict(
             zip(("step_time_s", "memory_peak_bytes", "model_flops"),
                 (np.concatenate([a[i] for a in part.answers]) for i in (1, 2, 3)), strict=True)
@@ -193,7 +203,7 @@ class Search:
         if (ok & ~fits).any():
             self.smallest = min(self.smallest, float(found["memory_peak_bytes"][ok & ~fits].min()))
         holds = ok & fits & all_hold(self.constraints, found, len(ok))
-        for c in self.constraints if not out.feasible and not c_all(holds) else ():
+        for c in self.constraints if not out.feasible and not holds.any() else ():
             self._nearer(c, found, ok & fits)
         good = np.flatnonzero(holds)
         out.feasible += len(good)
@@ -204,7 +214,6 @@ class Search:
             codes = self._codes(place, core, part, good)
             columns = dict(zip(FIELDS, codes.T, strict=True))
             self.sink(columns, dict(zip(NUMBERS, numbers.T, strict=True)))
-        del n
         by = numbers[:, NUMBERS.index(self.by)]
         wanted = np.zeros(len(good), dtype=np.bool_)
         if len(good) > self.top:
@@ -278,11 +287,6 @@ class Search:
     def _listed(self, name: str) -> str:
         values = self.space.values.get(name, ())
         return ", ".join(map(str, values[:6])) + (", ..." if len(values) > 6 else "")
-
-
-def c_all(holds: NDArray[np.bool_]) -> bool:
-    """Whether any plan holds everything: then nobody asks which constraint was nearest."""
-    return bool(holds.any())
 
 
 def _front(memory: Column, step: Column) -> NDArray[np.intp]:

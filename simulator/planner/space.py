@@ -151,7 +151,7 @@ def default_space(job: Job, cluster: Cluster) -> dict[str, tuple[Any, ...]]:
         "plan.shard_degree": (None,),
         "plan.microbatch_sequences": tuple(d for d in divisors(batch.sequences) if d <= 16),
         "plan.virtual_stages": tuple(v for v in (1, 2, 3, 4, 6, 8) if 2 * v <= layers) or (1,),
-        "plan.schedule": CHOICES["plan.schedule"],
+        "plan.schedule": ("1f1b", "interleaved", "zb-h1", "dualpipe", "gpipe"),
         "plan.shard": CHOICES["plan.shard"],
         "plan.sequence_parallel": (False, True) if not recurrent else (False,),
     }

@@ -1,0 +1,159 @@
+"""A search over plans on a terminal: the winner beside the job as given, the best, the front, and why not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from reports import units
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from simulator.results.plans import PlanSearch, RankedPlan, Rejection
+
+ROWS, FRONT_ROWS, WHY_ROWS = 10, 8, 12
+ZERO = {"none": "", "optimizer": "zero1", "gradients": "zero2", "parameters": "fsdp"}
+
+
+def print_search(answer: PlanSearch, console: Console) -> None:
+    """Print the answer of a search."""
+    best = answer.best[0]
+    say = _Say(console)
+    say.line(f"{answer.job} on {answer.cluster}: the best of {answer.searched:,} plans by {answer.objective}", "bold")
+    say.line(_counts(answer), "dim")
+    say.line("")
+    say.table(_beside(answer, best, say))
+    say.line("")
+    events = sum(p.engine == "events" for p in answer.best)
+    said = f"The best ({events} timed by events)" if events else "The best (closed form; --engine-top times by events)"
+    say.line(said, "bold")
+    say.table(_plans(answer.best[:ROWS], best, say))
+    say.line("")
+    say.line("Front: no plan is both faster and smaller", "bold")
+    say.table(_plans(_spread(answer.pareto, FRONT_ROWS), best, say))
+    say.line("")
+    say.line(f"Why not: one step from the winner ({len(answer.rejected)}; --json has the command of each)", "bold")
+    say.table(_why(answer.rejected[:WHY_ROWS], say))
+
+
+class _Say:
+    """Prints text from job files as it is: no markup, no control characters."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+
+    def text(self, said: str, style: str = "") -> Text:
+        from rich.text import Text
+
+        shown = "".join(c if c.isprintable() else " " for c in said)
+        if self.console.options.ascii_only:
+            shown = shown.replace("µ", "u").encode("ascii", "replace").decode("ascii")
+        return Text(shown, style=style, overflow="fold")
+
+    def line(self, said: str, style: str = "") -> None:
+        self.console.print(self.text(said, style))
+
+    def table(self, table: Table) -> None:
+        self.console.print(table)
+
+    def new(self, *heads: tuple[str, str]) -> Table:
+        """A table without lines; each column has a head and how it is justified, `wrap` for text that may wrap."""
+        from rich.table import Table
+
+        table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim", show_header=any(h for h, _ in heads))
+        for head, how in heads:
+            table.add_column(head, justify="right" if how == "right" else "left", no_wrap=how != "wrap", overflow="fold")
+        return table
+
+
+def _counts(a: PlanSearch) -> str:
+    broke = a.searched - a.valid
+    parts = [f"{broke:,} break a rule", f"{a.too_large + a.pruned_by_bound:,} cannot fit or cannot win"]
+    parts.append(f"{a.evaluated:,} worked out")
+    return f"{', '.join(parts)}; {units.seconds(a.seconds)}, {units.significant(a.searched / a.seconds)} plans/s"
+
+
+def _beside(answer: PlanSearch, best: RankedPlan, say: _Say) -> Table:
+    """The winner and the job as given: numbers, then the fields that differ."""
+    given = answer.given
+    table = say.new(("", "left"), ("best", "right"), ("as given", "right"), ("", "left"))
+    if given is None:
+        table.add_row(say.text("as given"), "", say.text("no plan"), say.text(answer.given_said, "dim"))
+
+    def add(name: str, new: str, old: str, said: str = "") -> None:
+        table.add_row(say.text(name), say.text(new, "bold"), say.text(old if given else ""), say.text(said, "dim"))
+
+    old = given or best
+    # The job as given is always by the closed form: compare like with like.
+    change = best.closed_form_step_time_s / old.step_time_s - 1
+    same = "closed form " if best.engine == "events" and given else ""
+    faster = f"{same}{change * 100:+.1f} %" if given else ""
+    add("step time", units.seconds(best.step_time_s), units.seconds(old.step_time_s), faster)
+    over = "" if old.memory_peak_bytes <= answer.capacity_bytes else "as given it does not fit"
+    of = f"of {units.memory(answer.capacity_bytes)} {over}".strip()
+    add("memory", units.memory(best.memory_peak_bytes), units.memory(old.memory_peak_bytes), of)
+    add("MFU", units.percent(best.mfu), units.percent(old.mfu))
+    add("per 1B tokens", _usd(best), _usd(old))
+    if given is not None:
+        for name, new in best.plan.items():
+            if new != given.plan.get(name):
+                add(name, _shown(new), _shown(given.plan.get(name)))
+    return table
+
+
+def _usd(plan: RankedPlan) -> str:
+    return "no price" if plan.usd_per_1b_tokens is None else units.dollars(plan.usd_per_1b_tokens)
+
+
+def _shown(what: Any) -> str:
+    if isinstance(what, (tuple, list)):
+        return ",".join(str(w)[0] for w in what)
+    return {True: "on", False: "off", None: "default"}.get(what, str(what)) if not isinstance(what, int) or isinstance(
+        what, bool
+    ) else str(what)
+
+
+def plan_text(plan: Mapping[str, Any]) -> str:
+    """A plan in one line: T tensor, C context, P pipeline x virtual, E expert x its tensor, b sequences, and names."""
+    p = {name.rpartition(".")[2]: what for name, what in plan.items()}
+    virtual = f"x{p['virtual_stages']}" if p["virtual_stages"] > 1 else ""
+    sliced = f"x{p['expert_tensor']}" if p["expert_tensor"] > 1 else ""
+    parts = [f"T{p['tensor']}"]
+    parts += [f"C{p['context']}"] * (p["context"] > 1)
+    parts += [f"P{p['pipeline']}{virtual}"]
+    parts += [f"E{p['expert']}{sliced}"] * (p["expert"] * p["expert_tensor"] > 1)
+    parts += [f"b{p['microbatch_sequences'] or 'default'}"]
+    parts += [p["schedule"]] * (p["pipeline"] > 1)
+    parts += [ZERO[p["shard"]] + (f"/{p['shard_degree']}" if p["shard_degree"] else "")]
+    parts += ["sp"] * bool(p["sequence_parallel"])
+    parts += [f"remat-{p['remat']}"] * (p["remat"] != "none")
+    return " ".join(part for part in parts if part)
+
+
+def _plans(plans: Sequence[RankedPlan], best: RankedPlan, say: _Say) -> Table:
+    table = say.new(("step", "right"), ("", "right"), ("memory", "right"), ("$/1B", "right"), ("plan", "wrap"))
+    for p in plans:
+        usd = "?" if p.usd_per_1b_tokens is None else units.dollars(p.usd_per_1b_tokens).removeprefix("$")
+        longer = f"{(p.step_time_s / best.step_time_s - 1) * 100:+.1f} %"
+        cells = (units.seconds(p.step_time_s), longer, units.memory(p.memory_peak_bytes), usd, plan_text(p.plan))
+        table.add_row(*(say.text(c) for c in cells))
+    return table
+
+
+def _spread(plans: Sequence[RankedPlan], most: int) -> list[RankedPlan]:
+    """Up to `most` plans from end to end."""
+    if len(plans) <= most:
+        return list(plans)
+    return [plans[round(i * (len(plans) - 1) / (most - 1))] for i in range(most)]
+
+
+def _why(rejected: Sequence[Rejection], say: _Say) -> Table:
+    table = say.new(("field", "left"), ("not", "left"), ("", "left"), ("because", "wrap"))
+    for r in rejected:
+        name = r.field.removeprefix("plan.").removeprefix("training.").removeprefix("software.")
+        cells = (name, _shown(r.value), r.kind, r.said)
+        table.add_row(*(say.text(c) for c in cells))
+    return table
