@@ -40,9 +40,7 @@ def plan(
         typer.Option(metavar="EXPR", help="Such as memory_peak_bytes<=70e9 or plan.tensor<=8; repeatable."),
     ] = None,
     top: Annotated[int, typer.Option(min=1, max=10_000, help="Plans to keep and print.")] = 20,
-    engine_top: Annotated[
-        int, typer.Option(min=0, max=1_000, help="Best plans to time by events and rank anew.")
-    ] = 0,
+    engine_top: Annotated[int, typer.Option(min=0, max=1_000, help="Best plans to time by events and rank anew.")] = 0,
     exhaustive: Annotated[bool, typer.Option("--exhaustive", help="Work out every plan; the answer is the same.")] = (
         False
     ),

@@ -63,15 +63,19 @@ class _Say:
         """A table without lines; each column has a head and how it is justified, `wrap` for text that may wrap."""
         from rich.table import Table
 
-        table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim", show_header=any(h for h, _ in heads))
+        table = Table(
+            box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim", show_header=any(h for h, _ in heads)
+        )
         for head, how in heads:
-            table.add_column(head, justify="right" if how == "right" else "left", no_wrap=how != "wrap", overflow="fold")
+            table.add_column(
+                head, justify="right" if how == "right" else "left", no_wrap=how != "wrap", overflow="fold"
+            )
         return table
 
 
 def _counts(a: PlanSearch) -> str:
     broke = a.searched - a.valid
-    parts = [f"{broke:,} break a rule", f"{a.too_large + a.pruned_by_bound:,} cannot fit or cannot win"]
+    parts = [f"{broke:,} break a rule", f"{a.pruned:,} cannot fit or cannot win"]
     parts.append(f"{a.evaluated:,} worked out")
     return f"{', '.join(parts)}; {units.seconds(a.seconds)}, {units.significant(a.searched / a.seconds)} plans/s"
 
@@ -87,10 +91,8 @@ def _beside(answer: PlanSearch, best: RankedPlan, say: _Say) -> Table:
         table.add_row(say.text(name), say.text(new, "bold"), say.text(old if given else ""), say.text(said, "dim"))
 
     old = given or best
-    # The job as given is always by the closed form: compare like with like.
-    change = best.closed_form_step_time_s / old.step_time_s - 1
-    same = "closed form " if best.engine == "events" and given else ""
-    faster = f"{same}{change * 100:+.1f} %" if given else ""
+    change = best.step_time_s / old.step_time_s - 1
+    faster = f"{change * 100:+.1f} %, {best.engine}" if given else best.engine
     add("step time", units.seconds(best.step_time_s), units.seconds(old.step_time_s), faster)
     over = "" if old.memory_peak_bytes <= answer.capacity_bytes else "as given it does not fit"
     of = f"of {units.memory(answer.capacity_bytes)} {over}".strip()
@@ -111,9 +113,9 @@ def _usd(plan: RankedPlan) -> str:
 def _shown(what: Any) -> str:
     if isinstance(what, (tuple, list)):
         return ",".join(str(w)[0] for w in what)
-    return {True: "on", False: "off", None: "default"}.get(what, str(what)) if not isinstance(what, int) or isinstance(
-        what, bool
-    ) else str(what)
+    if what is None:
+        return "default"
+    return {True: "on", False: "off"}[what] if isinstance(what, bool) else str(what)
 
 
 def plan_text(plan: Mapping[str, Any]) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 from simulator.job.rules import Degrees
 from simulator.numbers import Number, maximum, some
@@ -50,7 +51,7 @@ def _enumerated(schedule: str, p: int, stages: int, microbatches: int, virtual: 
         done = tuple(x + y for x, y in zip(done, own, strict=True))
     turns = []
     for (passes, forward), places in seen.items():
-        steps = [tuple(round((y - x) / share) for x, y in zip(a, b, strict=True)) for a, b in zip(places, places[1:])]
+        steps = [tuple(round((y - x) / share) for x, y in zip(a, b, strict=True)) for a, b in pairwise(places)]
         for i, place in enumerate(places):
             if i in (0, len(places) - 1) or steps[i - 1] != steps[i]:
                 turns.append(_Turn(passes, place, forward))

@@ -1,4 +1,4 @@
-"""The lines of collectives for many plans at once: each distinct group's line once, spread over the rows that have it."""
+"""The lines of collectives for many plans at once: each distinct group's once, spread over the rows that have it."""
 
 from __future__ import annotations
 

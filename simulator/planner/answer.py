@@ -15,7 +15,7 @@ from simulator.job.job import Job
 from simulator.planner.constraints import Constraint
 from simulator.planner.search import NUMBERS, Kept, Outcome, Search
 from simulator.planner.space import Space
-from simulator.planner.table import FIELDS, code, get, overrides, row, with_plan
+from simulator.planner.table import FIELDS, code, get, overrides, row, value, with_plan
 from simulator.planner.why_not import rejections
 from simulator.results.plans import PlanSearch, RankedPlan
 
@@ -39,7 +39,7 @@ def answer_of(
     job, cluster = search.job, search.cluster
     best = _records(job, found.best)
     best = by_events(job, cluster, best, engine_top, search.objective, folder, progress)
-    given, said = _given(job, cluster)
+    given, said = _given(job, cluster, "events" if engine_top else "closed-form", folder)
     broken = {f"{name}: {rule}": n for (name, rule), n in found.broken.most_common()}
     return PlanSearch(
         job=job.name,
@@ -51,7 +51,7 @@ def answer_of(
         searched=found.searched,
         valid=found.valid,
         too_large=found.too_large,
-        pruned_by_bound=found.pruned,
+        pruned=found.pruned,
         evaluated=found.evaluated,
         feasible=found.feasible,
         seconds=found.seconds,
@@ -127,23 +127,22 @@ def by_events(
     return out + best[count:]
 
 
-def _given(job: Job, cluster: Cluster) -> tuple[RankedPlan | None, str]:
-    """The job as it was given, by the closed form; None, and why, where it is no plan."""
+def _given(job: Job, cluster: Cluster, engine: str, folder: Path | None) -> tuple[RankedPlan | None, str]:
+    """The job as it was given, by the engine that the best were ranked by; None, and why, where it is no plan."""
     try:
-        answer = forecast_on(job, cluster, "search")
+        answer = forecast_on(job, cluster, "search", engine=engine, folder=folder)
     except QuestionError as error:
         return None, str(error)
-    plan = {field: get(job, field) for field in FIELDS}
-    plan = {field: row({field: [code(field, v)]}, 0)[field] for field, v in plan.items()}  # type: ignore[dict-item]
+    formula = answer.step_time_s if answer.events is None else answer.events.closed_form_step_time_s
     record = RankedPlan(
-        plan=plan,
+        plan={field: value(field, code(field, get(job, field))) for field in FIELDS},
         step_time_s=answer.step_time_s,
         memory_peak_bytes=answer.memory.peak_bytes,
         usd_per_1b_tokens=answer.cost.usd_per_1b_tokens,
         mfu=answer.mfu,
         tokens_per_s=answer.tokens_per_s,
-        engine="closed-form",
-        closed_form_step_time_s=answer.step_time_s,
+        engine=engine,
+        closed_form_step_time_s=formula,
         overrides=(),
     )
     return record, "" if answer.memory.fits else "does not fit"

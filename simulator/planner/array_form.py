@@ -80,7 +80,7 @@ class ArrayForm:
     def block(self, place: Sequence[int], core: Sequence[Column], flags: Sequence[Flags]) -> Answers:
         """Answers of all `flags` for all rows of `core` (columns in the order of `CORE`) under one `BLOCK` of codes."""
         shape = (len(flags), len(core[0]))
-        out = Answers(*(np.full(shape, np.nan) for _ in NAMES))
+        out = Answers(np.full(shape, np.nan), np.full(shape, np.nan), np.full(shape, np.nan))
         for part in self.parts(place, core, flags, out.broken):
             for f, *found in part.answers:
                 for whole, one in zip((out.step_s, out.memory_bytes, out.model_flops), found, strict=True):
@@ -158,7 +158,10 @@ class ArrayForm:
                 here, flags = here[kept], left
                 masks = {f: masks[f][kept] for f in left}
                 grid = grid_of(here, flags)
-        answers = [(f, *(np.where(masks[f], one, np.nan) for one in grid.answers(f))) for f in flags]
+        answers = []
+        for f in flags:
+            step, memory, flops = (np.where(masks[f], one, np.nan) for one in grid.answers(f))
+            answers.append((f, step, memory, flops))
         yield Part(valid[here], answers, 0)
 
     def sieve(

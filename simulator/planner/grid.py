@@ -139,7 +139,7 @@ class Grid:
                 rows = np.flatnonzero(walked == m)
                 taken = [_taken(s, rows) for s in stacked]
                 stages = [taken[k] for k in pipe.kind_of]
-                tall = np.tile(microbatches[rows], len(variants))
+                tall: Any = np.tile(microbatches[rows], len(variants))
                 degrees = replace(self.any, pipeline=pipe.stages, virtual_stages=pipe.virtual, microbatches=tall)
                 hop = hops[:, rows].reshape(-1)
                 over = pipeline_s(self.jobs[f], degrees, stages, self.priced(f).times, pipe.workload, hop)
@@ -175,7 +175,6 @@ class Grid:
             self._memory[key] = largest(peaks)
         return self._memory[key]
 
-
     def least_s(self, f: Flags) -> Number:
         """A lower bound of the step, seconds: what its busiest device computes, no communication, no bubble."""
         key = f.layers
@@ -206,8 +205,8 @@ def _stacked(variants: Sequence[StageResult], n: int) -> StageResult:
             compute = [column([b.compute[i] for b in beside]) for i in range(3)]
             ends = column([b.forward for b in beside]), column([b.backward for b in beside])
             joined = Beside(*ends, (compute[0], compute[1], compute[2]), beside[0].slow)
-        names = ("forward", "backward_input", "backward_weight")
-        return StageTimes(*(column([getattr(t, name) for t in known]) for name in names), joined)
+        inputs, weights = [t.backward_input for t in known], [t.backward_weight for t in known]
+        return StageTimes(column([t.forward for t in known]), column(inputs), column(weights), joined)
 
     kernels = [column([s.kernels[i] for s in variants]) for i in range(3)]
     pieces = {name: times([s.piece_times[name] for s in variants]) for name in variants[0].piece_times}

@@ -172,7 +172,8 @@ class Search:
         if len(self.out.best.codes) < self.top:
             return fits
         worst = self.out.best.column(self.by).max()
-        return fits & (alive | ((memory if self.by == "memory_peak_bytes" else least) <= worst))
+        wins: NDArray[np.bool_] = (memory if self.by == "memory_peak_bytes" else least) <= worst
+        return fits & (alive | wins)
 
     def _fits(self, memory: Column) -> NDArray[np.bool_]:
         own = [c for c in self.constraints if c.name == "memory_peak_bytes"]
@@ -294,7 +295,7 @@ def _front(memory: Column, step: Column) -> NDArray[np.intp]:
     order = np.lexsort((step, memory))
     least = np.minimum.accumulate(step[order])
     first = np.concatenate([[True], step[order][1:] < least[:-1]])[: len(order)]
-    return order[first]
+    return np.asarray(order[first])
 
 
 def _fronted(kept: Kept) -> Kept:

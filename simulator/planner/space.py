@@ -1,4 +1,4 @@
-"""A space of plans: for every field the values that it may take; the plans are all their combinations that keep the rules.
+"""A space of plans: values for every field; the plans are all their combinations that keep the rules.
 
 The default follows from job and cluster; a space file narrows or widens it field by field (docs/planner.md).
 """
@@ -27,7 +27,6 @@ MOST_PLANS = 1_000_000_000
 # Raw rows of degrees that are looked at together; most of them break a rule.
 CHUNK = 65_536
 MOST_VALUES = 4_096
-
 
 
 class PlanSpace(Section):

@@ -6,6 +6,7 @@ version of the form and the hash of the question: a folder of another version or
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -55,9 +56,9 @@ class Store:
 
     def _write(self) -> None:
         import numpy as np
-        import pyarrow as pa
-        from pyarrow import parquet
 
+        pa: Any = importlib.import_module("pyarrow")
+        parquet: Any = importlib.import_module("pyarrow.parquet")
         if not self._waiting:
             return
         columns: dict[str, Any] = {}
@@ -99,4 +100,6 @@ def check(folder: Path, question: str | None = None) -> dict[str, Any]:
 def _text(what: Any) -> str:
     if isinstance(what, tuple):
         return ",".join(what)
-    return {True: "true", False: "false", None: "default"}.get(what, what) if not isinstance(what, str) else what
+    if what is None:
+        return "default"
+    return str(what).lower() if isinstance(what, bool) else str(what)

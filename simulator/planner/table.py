@@ -1,7 +1,8 @@
 """Plans in columns: what a plan may vary, and how one row reads as changes to the job.
 
 A table maps field names to arrays of equal length. Degrees and counts are integers; flags and names are codes into
-`CHOICES`. A shard degree of 0 means all replicas, a microbatch of 0 sequences the default. What a table does not name is as in the job.
+`CHOICES`. A shard degree of 0 means all replicas, a microbatch of 0 sequences the default. What a table does not name
+is as in the job.
 """
 
 from __future__ import annotations
@@ -149,8 +150,6 @@ def overrides(job: Job, plan: Mapping[str, Any]) -> list[str]:
 
 
 def _text(what: Any) -> str:
-    return (
-        {True: "true", False: "false", None: "null"}.get(what, what)
-        if not isinstance(what, int) or isinstance(what, bool)
-        else str(what)
-    )
+    if what is None:
+        return "null"
+    return str(what).lower() if isinstance(what, bool) else str(what)

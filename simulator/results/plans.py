@@ -48,8 +48,9 @@ class PlanSearch:
     """The answer of a search.
 
     `space` are all combinations; `searched` those whose rules were looked at, all but repetitions and what a constraint
-    on the plan alone left out; `valid` keep the rules; `feasible` fit and hold the constraints, as far as that was
-    worked out: plans `pruned_by_bound` were not, since they cannot be among the best nor on the front.
+    on the plan alone left out; `valid` keep the rules; `pruned` were dropped before their time was worked out, since
+    they do not fit, or cannot be among the best nor on the front; of those `evaluated`, `too_large` do not fit, and
+    `feasible` fit and hold the constraints.
     """
 
     job: str
@@ -61,7 +62,7 @@ class PlanSearch:
     searched: int
     valid: int
     too_large: int
-    pruned_by_bound: int
+    pruned: int
     evaluated: int
     feasible: int
     seconds: float

@@ -11,6 +11,7 @@ GPipe (arXiv:1811.06965) has an exact formula: sum f + (M-1) max f, and the same
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -57,7 +58,7 @@ class StageTimes:
 
 
 def in_flight(schedule: str, stage: Number, stages: Number, microbatches: Number, virtual: Number) -> Number:
-    """Microbatches (of the whole stage) whose activations stage `stage` keeps at its fullest; later stages keep no more.
+    """Microbatches (of the whole stage) whose activations stage `stage` keeps at its fullest, the first most.
 
     Interleaved counts chunks: (P - p - 1) 2 + (V - 1) P + 1 of M V chunks, each 1/V of the stage
     (Megatron-LM's warm-up).
@@ -253,6 +254,6 @@ def _shown(passes: list[tuple[int, StageTimes]]) -> Number:
     return hidden(communication, compute, slow)
 
 
-def _distinct(held: list[tuple[StageTimes, ...]]) -> list[tuple[StageTimes, ...]]:
+def _distinct(held: Sequence[tuple[StageTimes, ...]]) -> list[tuple[StageTimes, ...]]:
     """Each combination of stages once, by identity: equal stages share their record."""
     return list({tuple(map(id, own)): own for own in held}.values())

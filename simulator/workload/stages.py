@@ -263,7 +263,7 @@ class _Builder:
 
 
 def build_workload(job: Job, degrees: Degrees, habits: Habits) -> Workload:
-    """All pieces of `job` and their counts per stage; without counts where degrees in columns differ in their stages."""
+    """All pieces of `job` and their counts per stage; degrees in columns have no chunks, and get no counts."""
     model: Model = job.model
     builder = _Builder(job, degrees, habits)
     encoder, decoder = job.batch.encoder_length, job.batch.decoder_length
