@@ -11,12 +11,6 @@ Usage: python benchmarks/bench_plan.py [--exhaustive]
 
 from __future__ import annotations
 
-import os
-
-# One core, as the claims say: NumPy's linear algebra is not used, but its threads would be started.
-for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-    os.environ[name] = "1"
-
 import resource
 import sys
 import time

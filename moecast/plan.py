@@ -133,10 +133,10 @@ def _source(job: Path, changes: list[str] | None) -> tuple[str, ...]:
 
 
 def _write_best(store: Store, outcome: Any) -> None:
+    import numpy as np
+
     from simulator.planner.search import NUMBERS
     from simulator.planner.table import FIELDS
-
-    import numpy as np
 
     both = outcome.best.joined(outcome.front.codes, outcome.front.numbers)
     _, first = np.unique(both.codes, axis=0, return_index=True)

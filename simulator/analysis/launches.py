@@ -62,9 +62,9 @@ def _enumerated(schedule: str, p: int, stages: int, microbatches: int, virtual: 
 def turns_of(schedule: str, p: int, stages: int, microbatches: int, virtual: int) -> tuple[tuple[_Turn, ...], Counts]:
     """Where the longest path of stage `p` can turn, and the passes of its whole order.
 
-    From 2 P microbatches on, a further round of 2 P only lengthens the runs: long orders are read off two short ones.
+    From 4 P microbatches on, a further round of 2 P only lengthens the runs: long orders are read off two short ones.
     """
-    first = 2 * stages + microbatches % (2 * stages)
+    first = 4 * stages + microbatches % (2 * stages)
     if microbatches <= first + 2 * stages:
         turns, whole = _enumerated(schedule, p, stages, microbatches, virtual)
         return tuple(turns), whole

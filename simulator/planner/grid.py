@@ -187,7 +187,7 @@ class Grid:
 
 
 def _held(each: Sequence[Any], kind: Kind) -> list[list[tuple[Any, Any]]]:
-    """What a kind of stage holds, and its mirror where it has one: pieces with how often, left out where no row does."""
+    """What a kind of stage and its mirror, where it has one, hold: pieces with how often, but for those of no row."""
     return [[(x, n) for x, n in zip(each, own, strict=True) if np.ndim(n) or n] for own in kind.held]
 
 

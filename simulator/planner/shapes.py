@@ -1,4 +1,4 @@
-"""Pipelines in columns: which kinds of stages a pipeline of P x V chunks has, where the first of each is, what it holds.
+"""Pipelines in columns: the kinds of stages of P x V chunks, where the first of each kind is, what it holds.
 
 A model has few kinds of stages (with the embedding, with a layer more, with the head), however many stages there are.
 Rows whose pipelines have equally many kinds are worked on together: kind k of a row is that of its own pipeline.

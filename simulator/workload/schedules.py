@@ -11,6 +11,7 @@ GPipe (arXiv:1811.06965) has an exact formula: sum f + (M-1) max f, and the same
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -90,52 +91,56 @@ class _Program:
 
 _PLAIN = (int, float)
 _PASS = {FORWARD: 0, BACKWARD: 1, INPUT: 2, WEIGHT: 3}
-_Made = tuple[bool, int, int, int]
 
 
 @lru_cache(maxsize=64)
 def _program(schedule: str, stages: int, microbatches: int, virtual: int) -> _Program:
-    """The program of a schedule; ValueError where its orders wait for one another in a circle."""
+    """The program of a schedule; ValueError where its orders wait for one another in a circle.
+
+    A device runs on until it needs what is not made yet, and goes on when that is made.
+    """
+    dual = schedule == "dualpipe"
+    chunks = stages if dual else stages * virtual
     orders = [ORDERS[schedule](p, stages, microbatches, virtual) for p in range(stages)]
-    last = (stages if schedule == "dualpipe" else stages * virtual) - 1
     at = [0] * stages
-    done: dict[_Made, int] = {}
+    # Where in the program each pass of a microbatch ends: forwards, then backwards, of either direction.
+    done: list[int] = [-1] * (2 * 2 * chunks * microbatches)
+    waiting: dict[int, int] = {}
+    ready = deque(range(stages))
     out: list[tuple[int, tuple[tuple[int, int], ...], tuple[int, ...]]] = []
-    left = sum(len(o) for o in orders)
-    while left:
-        before = left
-        for p, order in enumerate(orders):
-            while at[p] < len(order):
-                passes, makes, needs = _reads(schedule, p, stages, last, order[at[p]])
-                if any(key not in done for key in needs):
-                    break
-                out.append((p, passes, tuple(done[key] for key in needs)))
-                done.update(dict.fromkeys(makes, len(out) - 1))
-                at[p] += 1
-                left -= 1
-        if left == before:
-            raise ValueError(f"{schedule} with {stages} stages and {microbatches} microbatches waits for itself")
+    while ready:
+        p = ready.popleft()
+        order = orders[p]
+        for i in range(at[p], len(order)):
+            passes: tuple[tuple[int, int], ...] = ()
+            needs: tuple[int, ...] = ()
+            makes: list[int] = []
+            action: Action | None = order[i]
+            while action is not None:
+                stage = model_stage(schedule, p, action.chunk, stages)
+                passes = (*passes, (_PASS[action.kind], stage))
+                if action.kind != WEIGHT:
+                    forward = action.kind == FORWARD
+                    row = 4 * action.microbatch + 2 * (dual and action.chunk) + forward
+                    makes.append(row * chunks + stage)
+                    neighbour = stage - 1 if forward else stage + 1
+                    if 0 <= neighbour < chunks:
+                        needs = (*needs, row * chunks + neighbour)
+                action = action.pair
+            missing = next((key for key in needs if done[key] < 0), -1)
+            if missing >= 0:
+                waiting[missing], at[p] = p, i
+                break
+            for key in makes:
+                done[key] = len(out)
+                if key in waiting:
+                    ready.append(waiting.pop(key))
+            out.append((p, passes, tuple([done[key] for key in needs])))
+        else:
+            at[p] = len(order)
+    if waiting:
+        raise ValueError(f"{schedule} with {stages} stages and {microbatches} microbatches waits for itself")
     return _Program(tuple(out), stages)
-
-
-def _reads(
-    schedule: str, p: int, stages: int, last: int, action: Action
-) -> tuple[tuple[tuple[int, int], ...], list[_Made], list[_Made]]:
-    """Passes of an action, what it makes, and what it needs from neighbouring stages."""
-    passes: list[tuple[int, int]] = []
-    makes: list[_Made] = []
-    needs: list[_Made] = []
-    for a in (action,) if action.pair is None else (action, action.pair):
-        stage = model_stage(schedule, p, a.chunk, stages)
-        passes.append((_PASS[a.kind], stage))
-        if a.kind == WEIGHT:
-            continue
-        direction, forward = (a.chunk if schedule == "dualpipe" else 0), a.kind == FORWARD
-        makes.append((forward, stage, direction, a.microbatch))
-        neighbour = stage - 1 if forward else stage + 1
-        if 0 <= neighbour <= last:
-            needs.append((forward, neighbour, direction, a.microbatch))
-    return tuple(passes), makes, needs
 
 
 def pipeline_time(schedule: str, times: list[StageTimes], microbatches: Number, virtual: int, hop: Number) -> Number:

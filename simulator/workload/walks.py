@@ -31,18 +31,24 @@ class Steps:
 
 def compile_steps(actions: Sequence[tuple[int, Passes, tuple[int, ...]]], devices: int) -> Steps:
     """Steps of a program's actions (device, passes, actions waited for); a row is free again once all have read it."""
-    last = {need: i for i, (_, _, needs) in enumerate(actions) for need in needs}
+    last = [-1] * len(actions)
+    for i, (_, _, needs) in enumerate(actions):
+        for need in needs:
+            last[need] = i
     free: list[int] = []
-    at: dict[int, int] = {}
+    at = [-1] * len(actions)
     kinds: dict[Passes, int] = {}
     rows = 0
     out = []
-    for i, (device, passes, waits) in enumerate(actions):
-        needs = tuple(dict.fromkeys(waits))
-        reads = tuple(at[need] for need in needs)
-        free += [at.pop(need) for need in needs if last[need] == i]
+    for i, (device, passes, needs) in enumerate(actions):
+        # A pair of passes may wait for one end twice.
+        waits = needs if len(needs) < 2 or needs[0] != needs[1] else needs[:1]
+        reads = tuple([at[need] for need in waits])
+        for need in waits:
+            if last[need] == i:
+                free.append(at[need])
         row = -1
-        if i in last:
+        if last[i] >= 0:
             if not free:
                 free.append(rows)
                 rows += 1
