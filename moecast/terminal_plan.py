@@ -24,16 +24,18 @@ def print_search(answer: PlanSearch, console: Console) -> None:
     say = _Say(console)
     say.line(f"{answer.job} on {answer.cluster}: the best of {answer.searched:,} plans by {answer.objective}", "bold")
     say.line(_counts(answer), "dim")
+    rate = units.significant(answer.searched / answer.seconds)
+    say.line(f"{units.seconds(answer.seconds)} for the search, {rate} plans/s", "dim")
     say.line("")
     say.table(_beside(answer, best, say))
     say.line("")
     events = sum(p.engine == "events" for p in answer.best)
     said = f"The best ({events} timed by events)" if events else "The best (closed form; --engine-top times by events)"
     say.line(said, "bold")
-    say.table(_plans(answer.best[:ROWS], best, say))
+    say.table(_plans(answer.best[:ROWS], best.step_time_s, say))
     say.line("")
-    say.line("Front: no plan is both faster and smaller", "bold")
-    say.table(_plans(_spread(answer.pareto, FRONT_ROWS), best, say))
+    say.line(f"Front (closed form, {len(answer.pareto)} plans): none is both faster and smaller", "bold")
+    say.table(_plans(_spread(answer.pareto, FRONT_ROWS), answer.pareto[0].step_time_s, say))
     say.line("")
     say.line(f"Why not: one step from the winner ({len(answer.rejected)}; --json has the command of each)", "bold")
     say.table(_why(answer.rejected[:WHY_ROWS], say))
@@ -77,13 +79,13 @@ def _counts(a: PlanSearch) -> str:
     broke = a.searched - a.valid
     parts = [f"{broke:,} break a rule", f"{a.pruned:,} cannot fit or cannot win"]
     parts.append(f"{a.evaluated:,} worked out")
-    return f"{', '.join(parts)}; {units.seconds(a.seconds)}, {units.significant(a.searched / a.seconds)} plans/s"
+    return ", ".join(parts)
 
 
 def _beside(answer: PlanSearch, best: RankedPlan, say: _Say) -> Table:
     """The winner and the job as given: numbers, then the fields that differ."""
     given = answer.given
-    table = say.new(("", "left"), ("best", "right"), ("as given", "right"), ("", "left"))
+    table = say.new(("", "left"), ("best", "right"), ("as given", "right"), ("", "wrap"))
     if given is None:
         table.add_row(say.text("as given"), "", say.text("no plan"), say.text(answer.given_said, "dim"))
 
@@ -94,7 +96,7 @@ def _beside(answer: PlanSearch, best: RankedPlan, say: _Say) -> Table:
     change = best.step_time_s / old.step_time_s - 1
     faster = f"{change * 100:+.1f} %, {best.engine}" if given else best.engine
     add("step time", units.seconds(best.step_time_s), units.seconds(old.step_time_s), faster)
-    over = "" if old.memory_peak_bytes <= answer.capacity_bytes else "as given it does not fit"
+    over = "" if old.memory_peak_bytes <= answer.capacity_bytes else "(as given it DOES NOT FIT)"
     of = f"of {units.memory(answer.capacity_bytes)} {over}".strip()
     add("memory", units.memory(best.memory_peak_bytes), units.memory(old.memory_peak_bytes), of)
     add("MFU", units.percent(best.mfu), units.percent(old.mfu))
@@ -135,11 +137,12 @@ def plan_text(plan: Mapping[str, Any]) -> str:
     return " ".join(part for part in parts if part)
 
 
-def _plans(plans: Sequence[RankedPlan], best: RankedPlan, say: _Say) -> Table:
+def _plans(plans: Sequence[RankedPlan], fastest_s: float, say: _Say) -> Table:
+    """A row per plan; how much longer it takes is over `fastest_s`."""
     table = say.new(("step", "right"), ("", "right"), ("memory", "right"), ("$/1B", "right"), ("plan", "wrap"))
     for p in plans:
         usd = "?" if p.usd_per_1b_tokens is None else units.dollars(p.usd_per_1b_tokens).removeprefix("$")
-        longer = f"{(p.step_time_s / best.step_time_s - 1) * 100:+.1f} %"
+        longer = f"{(p.step_time_s / fastest_s - 1) * 100:+.1f} %"
         cells = (units.seconds(p.step_time_s), longer, units.memory(p.memory_peak_bytes), usd, plan_text(p.plan))
         table.add_row(*(say.text(c) for c in cells))
     return table

@@ -45,6 +45,10 @@ JOBS: dict[str, dict[str, Any]] = {
         "model": "mixtral-8x7b", "cluster": {"chip": "h100-sxm", "nodes": 4}, "batch": SMALL,
         "training": {"routing": {"model": "zipf", "exponent": 0.6}},
     },
+    "lstm": {
+        "model": "moe-32", "cluster": "shazeer-k40-16", "batch": {"sequences": 512, "length": 20},
+        "training": {"precision": "fp32", "optimizer": "adam"},
+    },
     "olmoe-slices": {
         "model": "olmoe-1b-7b", "cluster": {"chip": "tpu-v4", "slice": "4x4x4", "slices": 2}, "batch": SMALL,
     },
@@ -60,10 +64,11 @@ def draw_table(job: Job, devices: int, n: int, rng: np.random.Generator) -> dict
     ways = [d for d in _divisors(devices) if d <= 64]
     columns: dict[str, list[int]] = {field: [] for field in FIELDS}
     experts = max((m.experts for m in job.model.moes), default=1)
+    whole = job.model.family == "lstm"
     for _ in range(n):
-        tensor = int(rng.choice([d for d in ways if d <= 16]))
-        pipeline = int(rng.choice([d for d in ways if d <= 16 and devices % (d * tensor) == 0]))
-        context = int(rng.choice([1, 1, 2, 4]))
+        tensor = 1 if whole else int(rng.choice([d for d in ways if d <= 16]))
+        pipeline = 1 if whole else int(rng.choice([d for d in ways if d <= 16 and devices % (d * tensor) == 0]))
+        context = 1 if whole else int(rng.choice([1, 1, 2, 4]))
         data = max(1, devices // (tensor * pipeline * context))
         inner = math.gcd(data * tensor * context, experts)
         per_rank = max(1, job.batch.sequences // data)

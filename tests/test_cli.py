@@ -24,7 +24,7 @@ from simulator.job.model import Model
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
-COMMANDS = ("forecast", "link-load", "placement", "models", "chips", "clusters", "schema", "scale")
+COMMANDS = ("forecast", "link-load", "placement", "models", "chips", "clusters", "schema", "scale", "plan")
 FORMULA = ("--engine", "closed-form")
 TOO_BIG = "model: mixtral-8x7b\ncluster: h100-64\nbatch: {sequences: 64, length: 4096}\n"
 
@@ -136,8 +136,8 @@ def test_every_command_is_listed_and_tried_here_or_in_tests_of_the_trainer(call:
     code, out, _ = call("--help")
     assert code == 0
     listed = re.findall(r"^  ([a-z-]+)  ", out.partition("Commands:")[2], re.MULTILINE)
-    others = ["import", "compile", "report", "scale", "train", "measure", "bench", "calibrate", "validate"]
-    assert listed == [*COMMANDS[:-1], *others]
+    others = ["import", "compile", "report", "scale", "plan", "train", "measure", "bench", "calibrate", "validate"]
+    assert listed == [*COMMANDS[:-2], *others]
     assert call()[0] in (0, 2)
     code, out, _ = call("--version")
     assert code == 0 and re.fullmatch(r"moecast \d+\.\d+\.\d+\S*\n", out)

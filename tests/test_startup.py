@@ -43,6 +43,7 @@ def _imported_by(code: str) -> set[str]:
         (["--help"], LIGHT | {"pydantic", "yaml", "rich"}),
         (["forecast", EXAMPLE, "--engine", "closed-form", "--json"], LIGHT | {"rich"}),
         (["forecast", EXAMPLE, "--engine", "closed-form", "--set", "plan.expert=32"], LIGHT),
+        (["plan", "examples/mixtral-8x7b.yaml", "--json", "--constraint", "plan.pipeline<=1"], HEAVY | {"rich"}),
         (["models", "--json"], LIGHT | {"rich"}),
         (["chips", "h100-sxm"], LIGHT),
         (["clusters", "--json"], LIGHT | {"rich"}),

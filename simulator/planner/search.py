@@ -273,7 +273,9 @@ class Search:
         missed = [(c, *self.nearest[c.text]) for c in self.constraints if self.nearest[c.text][0] > 0]
         for c, by, near in missed:
             if np.isfinite(by):
-                return f"--constraint {c.text!r}: no plan holds it; the nearest has {c.said(near)}, {by:.4g} off"
+                return (
+                    f"--constraint {c.text!r}: no plan holds it; the nearest has {c.name} {c.said(near)}, {by:.4g} off"
+                )
         of = min([self.form.capacity, *(c.bound for c in self.constraints if c.name == "memory_peak_bytes")])
         if np.isfinite(self.smallest) and self.smallest > of:
             over = self.smallest - of

@@ -116,7 +116,7 @@ def _reason(
         return "equal", "takes as long", more
     grown = {said: getattr(answer.parts, n) - getattr(best.parts, n) for n, said in PARTS.items()}
     part = max(grown, key=lambda said: grown[said])
-    return "cost", f"{more / best.step_time_s:+.1%} a step; {part} {grown[part]:+.3g} s", more
+    return "cost", f"{more / best.step_time_s * 100:+.1f} % a step; {part} {grown[part]:+.3g} s", more
 
 
 def _grown(before: Any, after: Any) -> str:

@@ -237,10 +237,10 @@ def lstm_work(
     recurrent = product(
         f"{prefix}.recurrent", "core_attention", sequences, state, gates, saved=tokens * state * width, **kw
     )
-    recurrent.flops *= steps
-    recurrent.model_flops *= steps
-    recurrent.bytes *= steps
-    recurrent.backward_bytes *= steps
+    recurrent.flops = recurrent.flops * steps
+    recurrent.model_flops = recurrent.model_flops * steps
+    recurrent.bytes = recurrent.bytes * steps
+    recurrent.backward_bytes = recurrent.backward_bytes * steps
     work.ops.append(recurrent)
     cell = tokens * lstm.cells * width
     work.ops.append(stream(f"{prefix}.cell", "ffn_activation", 7 * cell, 10 * cell, saved=2 * cell))
