@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from simulator.results.plans import PlanSearch, RankedPlan, Rejection
 
 ROWS, FRONT_ROWS, WHY_ROWS = 10, 8, 12
+USUAL = ("tensor", "context", "data", "pipeline")
 ZERO = {"none": "", "optimizer": "zero1", "gradients": "zero2", "parameters": "fsdp"}
 
 
@@ -134,6 +135,7 @@ def plan_text(plan: Mapping[str, Any]) -> str:
     parts += [ZERO[p["shard"]] + (f"/{p['shard_degree']}" if p["shard_degree"] else "")]
     parts += ["sp"] * bool(p["sequence_parallel"])
     parts += [f"remat-{p['remat']}"] * (p["remat"] != "none")
+    parts += [_shown(p["order"])] * (tuple(p["order"]) != USUAL)
     return " ".join(part for part in parts if part)
 
 

@@ -25,7 +25,7 @@ from simulator.planner.array_form import ArrayForm, Part, measures
 from simulator.planner.constraints import Constraint, all_hold
 from simulator.planner.flags import BLOCK, CORE, FLAGS, Flags
 from simulator.planner.space import Space
-from simulator.planner.table import FIELDS, Column
+from simulator.planner.table import FIELDS, ORDERS, Column
 
 OBJECTIVES = ("step_time", "tokens_per_usd", "memory")
 # A bound is added up in another order than the time that it bounds: that far they may differ by rounding alone.
@@ -141,12 +141,14 @@ class Search:
     def _rows(self, place: Sequence[int], core: Sequence[Column], sequence: bool) -> NDArray[np.intp]:
         """Rows that constraints on the plan alone allow, without repetitions.
 
-        One stage has no schedule; one tensor rank splits no sequence (`sequence`: whether the flags do).
+        One stage has no schedule, and no place among the axes; one tensor rank splits no sequence (`sequence`: whether
+        the flags do).
         """
         columns = dict(zip(CORE, core, strict=True))
         holds = all_hold(self.constraints, columns, len(core[0]))
-        schedules = self.space.values["plan.schedule"]
-        if place[0] != schedules[0]:
+        orders = [_unpiped(o) for o in self.space.values["plan.placement.order"]]
+        repeats = orders.index(_unpiped(place[1])) < self.space.values["plan.placement.order"].index(place[1])
+        if repeats or place[0] != self.space.values["plan.schedule"][0]:
             holds &= columns["plan.pipeline"] > 1
         if sequence and 0 in self.space.values["plan.sequence_parallel"]:
             holds &= columns["plan.tensor"] > 1
@@ -290,6 +292,11 @@ class Search:
     def _listed(self, name: str) -> str:
         values = self.space.values.get(name, ())
         return ", ".join(map(str, values[:6])) + (", ..." if len(values) > 6 else "")
+
+
+def _unpiped(order: int) -> tuple[str, ...]:
+    """An order of the axes but for pipeline."""
+    return tuple(axis for axis in ORDERS[order] if axis != "pipeline")
 
 
 def _front(memory: Column, step: Column) -> NDArray[np.intp]:

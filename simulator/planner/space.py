@@ -138,6 +138,9 @@ def default_space(job: Job, cluster: Cluster) -> dict[str, tuple[Any, ...]]:
     recurrent = model.family == "lstm"
     out: dict[str, tuple[Any, ...]] = {field: (get(job, field),) for field in FIELDS}
     out["plan.placement.order"] = ((job.plan.placement or Placement()).order,)
+    if not model.moes and (cluster.torus is not None or len(cluster.levels) > 1):
+        # Stages beside each other and replicas far apart, or the other way round: one of them has the fast links.
+        out["plan.placement.order"] += (("tensor", "context", "pipeline", "data"),)
     out["training.remat"] = ("none", "selective", "full")
     if not isinstance(job.training.remat, str):
         out["training.remat"] += ("job",)
