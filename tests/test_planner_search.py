@@ -192,6 +192,10 @@ def test_a_space_too_large_or_empty_says_so() -> None:
         space_of(job, cluster, many)
     with pytest.raises(QuestionError, match=r"plan\.tensor: an empty list leaves no plan"):
         space_of(job, cluster, SpaceFile.model_validate({"plan": {"tensor": ()}}))
+    between = SpaceFile.model_validate({"plan": {"placement": [{"order": ["tensor", "context", "pipeline", "data"]}]}})
+    assert space_of(job, cluster, between).count
+    with pytest.raises(QuestionError, match="put pipeline first or last"):
+        space_of(*load("mixtral-gpu"), between)
     odd = space_of(job, cluster, SpaceFile.model_validate({"plan": {"tensor": (5, 7)}}))
     with pytest.raises(QuestionError, match="no plan of the space keeps the rules; plan refused most"):
         Search(job, cluster, odd).run()

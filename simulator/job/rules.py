@@ -83,11 +83,6 @@ def _axes(p: Any, cluster: Cluster, refuse: Refusal) -> Number:
     inner, experts = data * p.context * p.tensor, p.expert * p.expert_tensor
     rule = "expert x expert_tensor ({}) must divide data x context x tensor ({})"
     refuse.need(inner % experts == 0, "plan.expert", p.expert, rule, experts, inner)
-    order = (p.placement or Placement()).order
-    # Strides of the expert axes are those of one run of devices.
-    together = order[0] == "pipeline" or order[-1] == "pipeline"
-    rule = "experts lie over data, context and tensor, which must be neighbours: put pipeline first or last"
-    refuse.need(together | (p.pipeline == 1) | (experts == 1), "plan.placement.order", ", ".join(order), rule)
     return data
 
 

@@ -184,6 +184,11 @@ def space_of(job: Job, cluster: Cluster, given: SpaceFile | None = None, where: 
             coded[field] = tuple(dict.fromkeys(code(field, v) for v in values[field]))
         except QuestionError as error:
             raise QuestionError(f"{where}: {error}") from None
+    for order in values["plan.placement.order"] if job.model.moes else ():
+        # The strides of the expert axes are those of one run of devices: other orders would look faster than they are.
+        if "pipeline" in order[1:-1]:
+            rule = "experts lie over data, context and tensor, which must be neighbours: put pipeline first or last"
+            raise QuestionError(f"{where}: plan.placement.order = {', '.join(order)}: {rule}")
     space = Space(coded)
     if space.count > MOST_PLANS:
         widest = sorted(coded, key=lambda f: -len(coded[f]))[:4]
