@@ -45,6 +45,11 @@ JOBS: dict[str, dict[str, Any]] = {
         "model": "mixtral-8x7b", "cluster": {"chip": "h100-sxm", "nodes": 4}, "batch": SMALL,
         "training": {"routing": {"model": "zipf", "exponent": 0.6}},
     },
+    "own-cpu": {
+        "model": "switch-base-16", "cluster": "cpu-8",
+        "batch": {"sequences": 64, "length": {"encoder": 512, "decoder": 128}}, "software": {"stack": "moecast"},
+        "training": {"capacity": {"factor": 1.25, "basis": "tokens", "group_tokens": 2048}},
+    },
     "lstm": {
         "model": "moe-32", "cluster": "shazeer-k40-16", "batch": {"sequences": 512, "length": 20},
         "training": {"precision": "fp32", "optimizer": "adam"},

@@ -45,7 +45,7 @@ def _assert_equal(name: str, table: dict[str, Any]) -> int:
 @pytest.mark.parametrize("name", JOBS)
 def test_columns_equal_the_scalar_forecast(name: str) -> None:
     job, cluster = load(name)
-    # Over the nine jobs well above a thousand plans keep the rules.
+    # Over the ten jobs well above a thousand plans keep the rules.
     assert _assert_equal(name, draw_table(job, cluster.devices, PLANS, np.random.default_rng(1))) > PLANS / 8
 
 

@@ -43,7 +43,7 @@ class StageResult:
     expert_parameters: Number = 0.0
     layers: Number = 1
     summed_parameters: Number = 0.0
-    calls: tuple[float, float] = (1.0, 1.0)
+    calls: tuple[Number, Number] = (1.0, 1.0)
     room_forward_s: Number = 0.0
     room_backward_s: Number = 0.0
     tail_s: Number = 0.0

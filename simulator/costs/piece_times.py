@@ -55,7 +55,7 @@ class CommTime:
     between: Number = 1.0
     hot_s: Number = 0.0
     to_experts: tuple[bool, bool] = (True, True)
-    parts: float = 1.0
+    parts: Number = 1.0
 
 
 @dataclass(slots=True)

@@ -9,7 +9,7 @@ from simulator.costs.piece_times import CommTime, Timer
 from simulator.job.job import Job
 from simulator.job.rules import Degrees
 from simulator.kernels.roofline import Kernels
-from simulator.numbers import Number, some, where
+from simulator.numbers import Number, maximum, some, where
 from simulator.workload.habits import Habits
 from simulator.workload.memory import Shards
 from simulator.workload.stages import Piece
@@ -26,14 +26,14 @@ class StateCosts:
         self.shards = Shards.of(degrees)
 
     def _comm(
-        self, scope: str, kind: str, size: Number, axis: str, bytes_: Number, apart: Number = 1, parts: float = 1.0
+        self, scope: str, kind: str, size: Number, axis: str, bytes_: Number, apart: Number = 1, parts: Number = 1.0
     ) -> CommTime:
         rate = self.timer.rate_of(kind, size, axis, apart)
         stride = self.degrees.strides[axis] * apart
         seconds = parts * rate.seconds(bytes_ / parts)
         return CommTime(scope, kind, size, bytes_, 0, 1, seconds, rate.level, stride, parts=parts)
 
-    def calls(self, pieces: Iterable[tuple[Piece, int]]) -> tuple[float, float]:
+    def calls(self, pieces: Iterable[tuple[Piece, Number]]) -> tuple[Number, Number]:
         """Calls that reduce (or gather, ZeRO 1) a stage's dense and expert weights; `pieces` with their counts.
 
         FSDP reduces layer by layer; otherwise the layers of a kind lie in one array of each name.
@@ -41,11 +41,12 @@ class StateCosts:
         if not self.habits.each_array:
             return 1.0, 1.0
         each = self.job.plan.shard == "parameters"
-        there = [(p, n if each else 1) for p, n in pieces if n]
+        there = [(p, n if each else where(n > 0, 1, 0)) for p, n in pieces]
         dense = sum(n * p.dense_calls for p, n in there if p.is_reduced)
-        return max(1.0, dense), max(1.0, sum(n * p.expert_calls for p, n in there if p.expert_parameters))
+        expert = sum(n * p.expert_calls for p, n in there if some(p.expert_parameters > 0))
+        return maximum(1.0, dense), maximum(1.0, expert)
 
-    def reductions(self, dense: Number, expert: Number, calls: tuple[float, float] = (1.0, 1.0)) -> list[CommTime]:
+    def reductions(self, dense: Number, expert: Number, calls: tuple[Number, Number] = (1.0, 1.0)) -> list[CommTime]:
         """The collectives that reduce a stage's gradients once; `calls` see `calls`.
 
         ZeRO 2 and 3 reduce-scatter within the shard group and all-reduce between its replicas; ZeRO 1 reduce-scatters
@@ -90,7 +91,7 @@ class StateCosts:
         """Whether gradients are reduced after every microbatch (ZeRO 2 and 3) and not once a step."""
         return self.job.plan.shard in ("gradients", "parameters") and some(self.degrees.microbatches > 1)
 
-    def new_weights(self, dense: Number, expert: Number, calls: tuple[float, float] = (1.0, 1.0)) -> list[CommTime]:
+    def new_weights(self, dense: Number, expert: Number, calls: tuple[Number, Number] = (1.0, 1.0)) -> list[CommTime]:
         """ZeRO 1's gather of the updated weights, which the next forward pass needs; `calls` see `calls`."""
         out = []
         if self.job.plan.shard == "optimizer":
