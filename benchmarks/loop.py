@@ -138,10 +138,9 @@ def summary(before: dict[str, Any], after: dict[str, Any]) -> str:
         first, second = rows[0]["measured"], rows[-1]["measured"]
         middle = (first + second) / 2
         low, high = rows[0]["interval"]
-        lines.append(
-            f"{name:28} {first * 1e3:7.1f} ms {second / first - 1:+8.1%} {old[rows[0]['id']]['forecast'] / middle - 1:+8.1%}"
-            f" {rows[0]['forecast'] / middle - 1:+8.1%} {low * 1e3:6.1f}-{high * 1e3:.1f}"
-        )
+        was, now = (r["forecast"] / middle - 1 for r in (old[rows[0]["id"]], rows[0]))
+        shown = f"{name:28} {first * 1e3:7.1f} ms {second / first - 1:+8.1%} {was:+8.1%} {now:+8.1%}"
+        lines.append(f"{shown} {low * 1e3:6.1f}-{high * 1e3:.1f}")
     for devices in sorted({name.partition("-")[0] for name in steps}):
         own = {n: r for n, r in steps.items() if n.startswith(f"{devices}-")}
         errors = {

@@ -37,7 +37,8 @@ def before_and_after(before: ValidationResult, after: ValidationResult) -> str:
         draw.bar(fig, errors, what, colour, hover)
     draw.name_rows(fig, [draw.label(n) for n in names])
     said = "Steps first, then ops by the seconds that they miss; the same rows with both profiles."
-    return f"<h2>Before and after</h2><p>{said}</p>{draw.figure_html(fig, 'before-after', 'median absolute error by op class')}"
+    drawn = draw.figure_html(fig, "before-after", "median absolute error by op class")
+    return f"<h2>Before and after</h2><p>{said}</p>{drawn}"
 
 
 def _weight(pairs: Sequence[tuple[ScoredRow, ScoredRow]]) -> float:
