@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,6 +17,8 @@ from moecast.progress import busy
 
 if TYPE_CHECKING:
     from simulator.calibration.calibrate import Calibrated
+
+NUMBER_LIKE = re.compile(r"[-+.\deE_]+")
 
 
 def register(app: typer.Typer) -> None:
@@ -63,9 +66,17 @@ def profile_text(found: Calibrated, tables: list[str]) -> str:
     """The profile as a YAML file, whose first lines say where it comes from."""
     import yaml
 
+    class Dumper(yaml.SafeDumper):
+        """Quotes what our reader, unlike YAML 1.1, takes for a number: 12e4567 is one of our hashes."""
+
+    def quoted(dumper: Any, text: str) -> Any:
+        style = '"' if NUMBER_LIKE.fullmatch(text) else None
+        return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+    Dumper.add_representer(str, quoted)
     data = found.chip.model_dump(mode="json", exclude_defaults=True)
     head = f"# Calibrated by moecast calibrate on {', '.join(tables)}. Every number says where it is from.\n"
-    return head + yaml.safe_dump(_rounded(data), sort_keys=False, allow_unicode=True, width=120)
+    return head + yaml.dump(_rounded(data), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def _rounded(value: Any) -> Any:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Table = Annotated[Path, typer.Option("--output", "-o", metavar="TABLE", help="The table to write (.parquet or .csv).")]
-# Set in a child: what it tells its parent to show, and where it writes.
+# Set in a child.
 CHILD = "MOECAST_MEASURE_CHILD"
 LONGEST_S = 3600.0
 
@@ -51,27 +51,36 @@ def measure(
 
     Beside the table go the tokens that each expert got, as `training.routing: {model: replay}` reads them.
     """
+    from hw_profiles.loader import resolve_cluster
     from simulator.job.load import load_job
 
     changes = list(set_ or ())
     check_table(output)
     loaded = [(path, load_job(path, changes)) for path in jobs]
     if os.environ.get(CHILD):
-        _measure_here(loaded[0][0], loaded[0][1], output, steps, traced)
+        _measure_here(loaded, output, steps, traced, rounds)
         return
     same = [path for path, job in loaded if sum(job.name == other.name for _, other in loaded) > 1]
     if same:
         raise QuestionError(f"{same[0]}: another job has the same name; rows are told apart by it")
-    options = ["--steps", str(steps), "--traced", str(traced), *(f"--set={c}" for c in changes)]
-    parts: list[Path] = []
-    with bar("measuring", rounds * len(jobs)) as done, tempfile.TemporaryDirectory(prefix="moecast-") as scratch:
-        for part in range(rounds):
-            for path, job in loaded:
-                done.say(job.name)
-                made = Path(scratch) / f"{len(parts)}.parquet"
-                child(["measure", str(path), "-o", str(made), *options], part=str(part + 1) if rounds > 1 else "")
-                parts.append(made)
-                done.advance()
+    options = [
+        "--steps",
+        str(steps),
+        "--traced",
+        str(traced),
+        "--rounds",
+        str(rounds),
+        *(f"--set={c}" for c in changes),
+    ]
+    by_cluster: dict[tuple[str, int], list[Path]] = {}
+    for path, job in loaded:
+        cluster = resolve_cluster(job.cluster)
+        by_cluster.setdefault((cluster.chip.name, cluster.devices), []).append(path)
+    parts = []
+    with tempfile.TemporaryDirectory(prefix="moecast-") as scratch:
+        for i, paths in enumerate(by_cluster.values()):
+            parts.append(Path(scratch) / f"{i}.parquet")
+            child(["measure", *map(str, paths), "-o", str(parts[-1]), *options])
         whole = _joined(parts, output)
     _finish(whole, output, as_json)
 
@@ -98,7 +107,7 @@ def bench(
     with tempfile.TemporaryDirectory(prefix="moecast-") as scratch:
         made = Path(scratch) / "bench.parquet"
         arguments = ["bench", "-o", str(made), "--seconds", str(seconds), "--devices", str(devices or cores())]
-        child([*arguments, *(["--chip", chip] if chip else [])], part="")
+        child([*arguments, *(["--chip", chip] if chip else [])])
         whole = _joined([made], output)
     _finish(whole, output, as_json)
 
@@ -118,44 +127,52 @@ def check_table(path: Path) -> None:
         raise QuestionError(f"--output {path}: is there and is not a file")
 
 
-def child(arguments: Sequence[str], part: str) -> None:
+def child(arguments: Sequence[str]) -> None:
     """Run a command of ours in a process of its own; its exit code is ours where it fails."""
     command = [sys.executable, "-m", "moecast", *arguments]
-    environment = os.environ | {CHILD: part or "1", "MOECAST_MEASURE_PART": part}
+    environment = os.environ | {CHILD: "1"}
     try:
-        code = subprocess.run(command, env=environment, timeout=LONGEST_S, check=False, stdout=sys.stderr).returncode
+        code = subprocess.run(command, env=environment, timeout=LONGEST_S, check=False).returncode
     except subprocess.TimeoutExpired:
-        raise WorkFailed(
-            f"moecast {' '.join(arguments[:2])}: took longer than {LONGEST_S:g} s, and was ended"
-        ) from None
+        said = " ".join(arguments[:2])
+        raise WorkFailed(f"moecast {said}: took longer than {LONGEST_S:g} s, and was ended") from None
     if code:
         raise typer.Exit(code if code > 0 else FAILED)
 
 
-def _measure_here(path: Path, job: Job, output: Path, steps: int, traced: int) -> None:
+def _measure_here(loaded: Sequence[tuple[Path, Job]], output: Path, steps: int, traced: int, rounds: int) -> None:
+    """In a child: jobs of one cluster, measured in turn."""
     from hw_profiles.loader import resolve_cluster
     from moecast.train import check_present, prepare
     from simulator.calibration.tables import write_table
     from simulator.results.measurement import MeasurementTable
 
-    cluster = resolve_cluster(job.cluster)
+    cluster = resolve_cluster(loaded[0][1].cluster)
     prepare(cluster, cluster.devices)
     import jax
 
+    from trainer.measure import Asked, count
     from trainer.measure import measure as run
     from trainer.telemetry import write_routing
 
-    check_present(path, cluster, jax.devices(), None)
-    part = os.environ.get("MOECAST_MEASURE_PART", "")
-    found = run(job, path.parent, jax.devices(), steps=steps, traced=traced, part=part)
+    check_present(loaded[0][0], cluster, jax.devices(), None)
+    with bar("measuring", count(len(loaded), rounds)) as done:
+
+        def say(text: str) -> None:
+            done.say(text)
+            done.advance()
+
+        asked = [Asked(job, path.parent) for path, job in loaded]
+        found = run(asked, jax.devices(), steps=steps, traced=traced, rounds=rounds, say=say)
     routing = {}
-    if found.routing:
-        beside = output.with_suffix(".routing.parquet")
-        write_routing(beside, found.routing)
-        routing = {job.hash: beside.name}
-    timelines = {job.hash: found.timeline} if found.timeline else {}
-    whole = MeasurementTable(found.rows, {job.hash: job.model_dump(mode="json")}, routing, output.name, timelines)
-    write_table(whole, output)
+    for one in found:
+        if one.routing:
+            routing[one.job.hash] = f"{one.job.hash[:12]}.routing.parquet"
+            write_routing(output.parent / routing[one.job.hash], one.routing)
+    jobs = {one.job.hash: one.job.model_dump(mode="json") for one in found}
+    timelines = {one.job.hash: one.timeline for one in found if one.timeline}
+    rows = tuple(row for one in found for row in one.rows)
+    write_table(MeasurementTable(rows, jobs, routing, output.name, timelines), output)
 
 
 def _bench_here(output: Path, devices: int | None, chip: str | None, seconds: float) -> None:

@@ -5,11 +5,13 @@ Batches are placed before the clock starts: the input pipeline is not part of a 
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
     from simulator.job.job import Job
 
 WARM_UP = 3
+# Programs compiled at once: XLA's compiler is one thread for the most part.
+COMPILERS = 2
 NOTE = "batches in place before the clock starts"
 Say = Callable[[str], None]
 
@@ -43,6 +47,7 @@ Say = Callable[[str], None]
 class Measured:
     """What one measurement of a job gave: rows of the table, what its routers did, and the last traced step."""
 
+    job: Job
     rows: tuple[Measurement, ...]
     routing: tuple[LayerSeen, ...]
     timeline: tuple[tuple[int, str, float, float], ...] = ()
@@ -58,46 +63,81 @@ def today() -> str:
     return datetime.datetime.now(datetime.UTC).date().isoformat()
 
 
+@dataclass(frozen=True)
+class Asked:
+    """A job to measure, and the folder of its files."""
+
+    job: Job
+    folder: Path
+
+
 def measure(
-    job: Job,
-    folder: Path,
+    asked: Sequence[Asked],
     devices: Sequence[Any],
     *,
     steps: int,
     traced: int,
-    part: str = "",
+    rounds: int = 1,
     say: Say = lambda _: None,
-) -> Measured:
-    """Run `job` on `devices`: `steps` timed steps after a warm-up, then `traced` ones under the profiler.
+) -> list[Measured]:
+    """Run jobs on `devices`: each in turn `steps` timed steps after a warm-up and `traced` ones under the profiler.
 
-    `folder` is the job's; `part` goes into the rows' ids, to tell repeated measurements apart. QuestionError for a job
-    the trainer cannot run, WorkFailed where a step fails or its trace cannot be matched with the program.
+    All of that happens `rounds` times, so that measurements of one job lie apart in time; what is compiled is kept, the
+    state is drawn anew. `say` is told what is done, `count` times. QuestionError for a job the trainer cannot run,
+    WorkFailed where a step fails or its trace cannot be matched with the program.
     """
-    cluster = resolve_cluster(job.cluster)
-    trainer = Trainer.of(job, resolve(job, cluster), devices)
-    placer = Placer(job, folder, trainer)
-    try:
-        say("compiling")
-        lowered = trainer.step.lower(trainer.state_shapes(), placer.shapes)
-        compiled, report = compile_lowered(lowered, trainer.platform)
-        program = read_program(compiled, trainer.platform, report)
-        run = _Steps(trainer, placer, compiled)
-        say("warming up")
+    out = []
+    with contextlib.ExitStack() as stack:
+        ready = []
+        for one in asked:
+            say(f"{one.job.name}: building")
+            ready.append(_Ready(one, devices))
+            stack.callback(ready[-1].placer.close)
+        with ThreadPoolExecutor(COMPILERS) as pool:
+            for made in pool.map(_Ready.compile, ready):
+                say(f"{made.job.name}: compiled")
+        for part in range(rounds):
+            for made in ready:
+                say(f"{made.job.name}: measuring")
+                out.append(made.measured(steps, traced, str(part + 1) if rounds > 1 else ""))
+    return out
+
+
+def count(jobs: int, rounds: int) -> int:
+    """How often `measure` says something."""
+    return jobs * (2 + rounds)
+
+
+class _Ready:
+    """A job on its devices: its trainer, its data, and what XLA makes of its step."""
+
+    def __init__(self, asked: Asked, devices: Sequence[Any]) -> None:
+        self.job, self.devices = asked.job, len(devices)
+        self.cluster = resolve_cluster(self.job.cluster)
+        self.trainer = Trainer.of(self.job, resolve(self.job, self.cluster), devices)
+        self.placer = Placer(self.job, asked.folder, self.trainer)
+        self.lowered = self.trainer.step.lower(self.trainer.state_shapes(), self.placer.shapes)
+
+    def compile(self) -> _Ready:
+        """Compile the step and read what it will execute."""
+        self.compiled, report = compile_lowered(self.lowered, self.trainer.platform)
+        self.program = read_program(self.compiled, self.trainer.platform, report)
+        self.index = Program(parse_module(self.compiled.as_text()), self.program.collectives)
+        return self
+
+    def measured(self, steps: int, traced: int, part: str) -> Measured:
+        """One measurement; `part` goes into the rows' ids."""
+        run = _Steps(self.trainer, self.placer, self.compiled)
         run.some(WARM_UP)
-        say("timing steps")
         seconds = run.some(steps)
-        say("tracing steps")
-        executions = _traced(run, traced, job.name) if traced else ()
-    finally:
-        placer.close()
-    maker = _Rows(job, cluster.chip.name, len(devices), part)
-    rows = [maker.step(seconds), *maker.memory(program)]
-    timeline: tuple[tuple[int, str, float, float], ...] = ()
-    if executions:
-        index = Program(parse_module(compiled.as_text()), program.collectives)
-        rows += _trace_rows(maker, executions, index, program, job.name)
-        timeline = tuple(intervals(executions[-1], index))
-    return Measured(tuple(rows), tuple(run.seen), timeline)
+        executions = _traced(run, traced, self.job.name) if traced else ()
+        maker = _Rows(self.job, self.cluster.chip.name, self.devices, part)
+        rows = [maker.step(seconds), *maker.memory(self.program)]
+        timeline: tuple[tuple[int, str, float, float], ...] = ()
+        if executions:
+            rows += _trace_rows(maker, executions, self.index, self.program, self.job.name)
+            timeline = tuple(intervals(executions[-1], self.index))
+        return Measured(self.job, tuple(rows), tuple(run.seen), timeline)
 
 
 class _Steps:
@@ -179,6 +219,8 @@ class _Rows:
 
     def _timed(self, name: str, kind: str, seconds: Sequence[float], key: str, **more: Any) -> Measurement:
         low, middle, high = (float(q) for q in np.quantile(seconds, (0.1, 0.5, 0.9)))
+        if more.get("statistic") == "mean":
+            middle = float(np.mean(seconds))
         return Measurement(
             id=f"{self.start}:{key}", kind=kind, name=name, seconds=middle, p10_s=low, p90_s=high,
             samples=len(seconds), **self.common, **more,
@@ -237,7 +279,10 @@ class _Rows:
         ]
 
     def collectives(self, calls: Sequence[Call]) -> list[Measurement]:
-        """A row per kind, group size and bytes: seconds of one call since the last of the group arrived."""
+        """A row per kind, group size and bytes: seconds of one call since the last of the group arrived.
+
+        The mean, since a step has every call: where devices outnumber cores a few take most of the time.
+        """
         found: dict[tuple[str, int, int, int, str], list[float]] = defaultdict(list)
         for call in calls:
             c = call.collective
@@ -248,6 +293,7 @@ class _Rows:
             self._timed(
                 kind, "collective", seconds, f"{kind}.{size}x{stride}.{size_bytes}.{dtype}", bytes=float(size_bytes),
                 group_size=size, stride=max(1, stride), note="in a step, from the arrival of the last",
+                statistic="mean",
             )
             for (kind, size, stride, size_bytes, dtype), seconds in sorted(found.items())
             if size > 1

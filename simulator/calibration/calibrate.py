@@ -10,16 +10,17 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from statistics import median
 
 from hw_profiles.errors import QuestionError
-from hw_profiles.schema import Calibration, Chip, FittedTable, StepSpread
+from hw_profiles.schema import Calibration, Chip, FittedTable, Sharing, StepSpread
 from simulator.analysis.forecast import forecast
 from simulator.analysis.spread import own_spread
 from simulator.calibration.fit_machine import fit_machine, fit_sharing
 from simulator.calibration.fit_network import Timed, fit_network
-from simulator.calibration.fit_ops import fit_classes
+from simulator.calibration.fit_ops import fit_classes, total_s
 from simulator.calibration.observations import Observed, host_seconds, observed
-from simulator.calibration.terms import Pass, Terms, terms_of
+from simulator.calibration.terms import Pass, Terms, scaled, terms_of
 from simulator.results.measurement import Measurement, MeasurementTable, measurement_hash
 
 FEWEST_JOBS = 3
@@ -50,11 +51,6 @@ def calibrate(tables: Sequence[MeasurementTable], base: Chip, sums: Mapping[str,
     sharing = fit_sharing(kernels)
     if sharing:
         chip = chip.model_copy(update={"sharing": sharing})
-        notes += [
-            f"{s.devices} devices at work: compute {s.compute:.2f}, memory {s.memory:.2f}, a collective's start"
-            f" {s.start:.2f}, its bytes {s.wire:.2f} times as long"
-            for s in sharing
-        ]
     jobs = observed(tables, host_seconds(tables))
     names = {o.job.hash for o in jobs}
     if jobs and len(names) < FEWEST_JOBS:
@@ -79,6 +75,11 @@ def calibrate(tables: Sequence[MeasurementTable], base: Chip, sums: Mapping[str,
                 f"{len(together)} of {len(out.chip.op_classes)} op classes have one factor: launches, arithmetic and"
                 f" traffic could not be told apart ({', '.join(together[:3])}, ...)"
             )
+    notes += [
+        f"{s.devices} devices at work: compute {s.compute:.2f}, memory {s.memory:.2f}, a collective's start"
+        f" {s.start:.2f}, its bytes {s.wire:.2f} times as long"
+        for s in out.chip.sharing
+    ]
     out.chip = out.chip.model_copy(update={"calibration": _fitted_on(tables, base, sums or {})})
     return out
 
@@ -122,9 +123,28 @@ def _timed(kernels: Sequence[Measurement], jobs: Sequence[Observed]) -> list[Tim
 
 
 def _with_classes(chip: Chip, jobs: Sequence[Observed], known: Mapping[str, TermsOf], *, residuals: bool) -> Chip:
-    """`chip`, whose machine and network are fitted already, with the op classes that `jobs` show."""
+    """`chip`, whose machine and network are fitted already, with the op classes that `jobs` show.
+
+    What sharing a host costs in a step differs from what it costs benchmarks, which keep all cores busy: classes are
+    first fitted on the fewest devices, then the factors of more devices so that their steps' compute comes out, then
+    the classes once more on all.
+    """
+    counts = sorted({o.devices for o in jobs})
+    base = [o for o in jobs if o.devices == counts[0]]
+    if len(counts) > 1 and chip.sharing and len({o.job.hash for o in base}) >= FEWEST_JOBS - 1:
+        first = fit_classes([(o.job.hash, o.step_s, o.compute_s, known[o.job.hash]) for o in base], residuals=False)
+        more = {}
+        for n in counts[1:]:
+            own = [o for o in jobs if o.devices == n]
+            more[n] = median(sum(o.compute_s.values()) / total_s(first, known[o.job.hash]) for o in own)
+        chip = chip.model_copy(update={"sharing": tuple(_slowed(s, more.get(s.devices, 1.0)) for s in chip.sharing)})
+        known = {o.job.hash: scaled(known[o.job.hash], more.get(o.devices, 1.0)) for o in jobs}
     seen = [(o.job.hash, o.step_s, o.compute_s, known[o.job.hash]) for o in jobs]
     return chip.model_copy(update={"op_classes": fit_classes(seen, residuals=residuals)})
+
+
+def _slowed(s: Sharing, factor: float) -> Sharing:
+    return s.model_copy(update={"compute": s.compute * factor, "memory": s.memory * factor})
 
 
 def _left_out(chip: Chip, jobs: Sequence[Observed], known: Mapping[str, TermsOf]) -> list[tuple[str, float, float]]:

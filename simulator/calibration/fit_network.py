@@ -19,8 +19,6 @@ from simulator.network.collectives import PASSES
 
 FAMILIES = {"all_gather": "ring", "reduce_scatter": "ring", "all_reduce": "all_reduce", "all_to_all": "all_to_all"}
 FEWEST = 6
-# A collective as it runs in a step counts for more than one alone.
-IN_STEP = 3.0
 
 
 @dataclass(frozen=True)
@@ -46,6 +44,9 @@ def fit_network(chip: Chip, rows: Sequence[Timed], source: str, date: str) -> tu
     families: tuple[CollectiveFamily, ...] = ("ring", "all_reduce", "all_to_all")
     for family in families:
         own = [r for r in rows if FAMILIES.get(r.kind) == family]
+        # What ran in steps is what is asked for; those alone find data in caches, and nobody late.
+        within = [r for r in own if r.in_step]
+        own = within if len(within) >= FEWEST else own
         if len(own) < FEWEST:
             notes.append(f"{family}: {len(own)} rows, at least {FEWEST} are needed: not fitted")
             continue
@@ -82,7 +83,6 @@ def _fit(
     wire = np.array([PASSES.get(r.kind, 1.0) for r in rows]) * bytes_ * (size - 1) / size / rates
     stays = bytes_ / size / rates
     seconds = np.array([r.seconds for r in rows])
-    weights = np.sqrt([IN_STEP if r.in_step else 1.0 for r in rows])
     # The ring's rate is the all-reduce's too: the simulator has one for both.
     ring = changes.get("ring_efficiency")
     fixed = 1 / ring.value if family == "all_reduce" and isinstance(ring, Quantity) else None
@@ -93,7 +93,7 @@ def _fit(
         return out
 
     def off(x: NDArray[np.float64]) -> NDArray[np.float64]:
-        out: NDArray[np.float64] = np.log(model(x) / seconds) * weights
+        out: NDArray[np.float64] = np.log(model(x) / seconds)
         return out
 
     several = len(set(hops.tolist())) > 1

@@ -54,6 +54,12 @@ def predicted(x: Sequence[float] | NDArray[np.float64], terms: Terms) -> float:
     return float(x[0] * terms.launches_s + x[1] * terms.arithmetic_s + x[2] * terms.traffic_s)
 
 
+def total_s(classes: Mapping[str, OpClass], terms: Mapping[Pass, Terms]) -> float:
+    """Seconds of a step's compute by fitted classes."""
+    known = {key: classes.get(f"{key[0]}:{key[1]}") for key in terms}
+    return sum(predicted((k.launches, k.arithmetic, k.traffic), terms[key]) for key, k in known.items() if k)
+
+
 def _solve(points: Sequence[Point], share: float) -> tuple[NDArray[np.float64], bool]:
     """Multiples of the terms, and whether one factor had to do for all."""
     columns = np.array([[p.terms.launches_s, p.terms.arithmetic_s, p.terms.traffic_s] for p in points])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from hw_profiles.loader import resolve_cluster
@@ -74,3 +75,11 @@ def terms_of(job: Job, chip: Chip) -> dict[Pass, Terms]:
         seconds = float(costs.update_s(dense, expert)) - kernels.overhead_s
         add(("optimizer.update", FORWARD), 1 / stages, (kernels.overhead_s, 0.0, seconds))
     return dict(out)
+
+
+def scaled(terms: Mapping[Pass, Terms], factor: float) -> dict[Pass, Terms]:
+    """The same work on a device that is slower by `factor`."""
+    return {
+        key: Terms(t.launches_s * factor, t.arithmetic_s * factor, t.traffic_s * factor, t.count)
+        for key, t in terms.items()
+    }
