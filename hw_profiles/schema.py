@@ -124,6 +124,8 @@ class Tile(Record):
 class Efficiency(Record):
     """How much of the peaks is reached: products by dtype, attention by direction, memory streams.
 
+    `caches` are (bytes of one op, how many times as fast as from memory they move), ascending, the last 1: what fits in
+    a cache is not fetched from memory. Linear in log10(bytes) between points; the end values hold outside.
     `grouped_slowdown` is the time of a grouped (per expert) product over that of one dense product of the same FLOPs.
     """
 
@@ -132,6 +134,7 @@ class Efficiency(Record):
     attention_forward: Quantity
     attention_backward: Quantity
     memory: Quantity
+    caches: tuple[tuple[PositiveFloat, PositiveFloat], ...] = ()
     tile: Tile
 
 

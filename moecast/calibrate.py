@@ -5,18 +5,21 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Sequence
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hw_profiles.errors import QuestionError
+from hw_profiles.errors import QuestionError, nearest
 from hw_profiles.files import write_whole
 from moecast.progress import busy
 
 if TYPE_CHECKING:
     from simulator.calibration.calibrate import Calibrated
+    from simulator.results.measurement import MeasurementTable
 
 NUMBER_LIKE = re.compile(r"[-+.\deE_]+")
 
@@ -32,6 +35,10 @@ def calibrate(
     base: Annotated[
         str, typer.Option(metavar="CHIP|FILE", help="The profile to begin with: a chip's name, or a file.")
     ] = "cpu-host",
+    hold_out: Annotated[
+        list[str] | None,
+        typer.Option("--hold-out", metavar="JOB", help="Leave this job's rows for validation; repeatable."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Fit a hardware profile on measurements: `moecast forecast JOB --profile FILE` then rests on them.
@@ -48,7 +55,8 @@ def calibrate(
     if not output.parent.is_dir():
         raise QuestionError(f"--output {output}: no such folder: {output.parent}")
     start = load_chip_file(base) if base.endswith((".yaml", ".yml")) else load_chip(base)
-    read = [read_table(path) for path in tables]
+    read = [_without(read_table(path), hold_out or ()) for path in tables]
+    _check_held(read, tables, hold_out or ())
     with busy(f"fitting on {sum(len(t.rows) for t in read):,} rows"):
         found = fit(read, start, {p.name: sha256(p.read_bytes()).hexdigest() for p in tables})
     write_whole(output, profile_text(found, [p.name for p in tables]).encode())
@@ -60,6 +68,21 @@ def calibrate(
         print(json.dumps(whole, indent=2, allow_nan=False))
     else:
         _show(found, output)
+
+
+def _without(table: MeasurementTable, names: Sequence[str]) -> MeasurementTable:
+    """`table` without the rows of the jobs called `names`."""
+    held = {key for key, job in table.jobs.items() if job.get("name") in names}
+    return replace(table, rows=tuple(r for r in table.rows if r.job_hash not in held))
+
+
+def _check_held(read: Sequence[MeasurementTable], tables: Sequence[Path], names: Sequence[str]) -> None:
+    """QuestionError for a name that no table has a job of."""
+    known = {str(job.get("name")) for table in read for job in table.jobs.values()}
+    for name in names:
+        if name not in known:
+            said = ", ".join(str(p) for p in tables)
+            raise QuestionError(f"--hold-out {name:.60}: no such job in {said}{nearest(name, known)}")
 
 
 def profile_text(found: Calibrated, tables: list[str]) -> str:

@@ -186,7 +186,10 @@ def draw_plan(draw: st.DrawFn, model: Any, devices: int) -> tuple[Data, int]:
     if "shard" in plan and draw(st.booleans()):
         plan["shard_degree"] = two_to(draw, (data * context) & -(data * context))
     if draw(st.booleans()):
-        plan["placement"] = {"order": draw(st.permutations(["tensor", "context", "data", "pipeline"]))}
+        order = draw(st.permutations(["tensor", "context", "data"]))
+        # Experts lie over these three, which have to be neighbours.
+        at = draw(st.sampled_from((0, 3) if moes else (0, 1, 2, 3)))
+        plan["placement"] = {"order": [*order[:at], "pipeline", *order[at:]]}
     microbatches = draw(st.integers(1, 6))
     schedule = draw(st.sampled_from(SCHEDULES))
     if pipeline > 1:

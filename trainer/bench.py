@@ -23,7 +23,7 @@ PRODUCTS = (
 LARGE_PRODUCTS = (
     (1, 2048, 2048, 2048), (1, 4096, 4096, 4096), (1, 8192, 4096, 8192), (8, 2048, 2048, 4096), (64, 512, 2048, 1024),
 )  # fmt: skip
-STREAMS = (2**14, 2**18, 2**22, 2**24)
+STREAMS = tuple(2**n for n in range(14, 25, 2))
 LARGE_STREAMS = (2**26, 2**28)
 KINDS = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "permute")
 MESSAGES = (2**10, 2**14, 2**18, 2**22)

@@ -137,7 +137,8 @@ def quantiles(ratios: Sequence[float]) -> dict[Literal["p10", "p50", "p90"], flo
 
 def _memory(chip: Chip, rows: list[Measurement], notes: list[str]) -> Chip:
     streams = [r for r in rows if r.name == "stream" and r.bytes]
-    large = [r for r in streams if (r.bytes or 0) >= 2 * LARGE_STREAM]
+    largest = max((r.bytes or 0.0 for r in streams), default=0.0)
+    large = [r for r in streams if (r.bytes or 0) >= max(2 * LARGE_STREAM, largest)]
     if not large:
         return chip
     rate = median((r.bytes or 0) / (r.seconds or 1.0) for r in large)
@@ -153,7 +154,26 @@ def _memory(chip: Chip, rows: list[Measurement], notes: list[str]) -> Chip:
         notes.append(f"memory {sheet.value:g} -> {new.value:.4g} GB/s: streams ran that fast")
         share = 1.0
     notes.append(f"streams reach {share:.2f} of the memory bandwidth")
-    return _efficiency(chip, memory=_quantity(share, large, f"streams of {LARGE_STREAM:,} bytes and more"))
+    caches = _caches(streams, rate)
+    if caches:
+        notes.append(f"streams of {caches[0][0]:,.0f} bytes move {caches[0][1]:.1f} times as fast as from memory")
+    quantity = _quantity(share, large, f"streams of {LARGE_STREAM:,} bytes and more")
+    return _efficiency(chip, memory=quantity, caches=caches)
+
+
+def _caches(streams: list[Measurement], rate: float) -> tuple[tuple[float, float], ...]:
+    """How many times as fast as from memory each size of stream moves, never rising with size; none for one size."""
+    from scipy.optimize import isotonic_regression
+
+    by_size: dict[float, list[float]] = defaultdict(list)
+    for r in streams:
+        by_size[r.bytes or 0.0].append((r.bytes or 0.0) / (r.seconds or 1.0) / rate)
+    sizes = sorted(by_size)
+    if len(sizes) < FEWEST:
+        return ()
+    faster = np.array([median(by_size[s]) for s in sizes])
+    smooth = np.maximum(isotonic_regression(faster, increasing=False).x, 1.0)
+    return tuple((s, float(y)) for s, y in zip(sizes, smooth, strict=True))
 
 
 def _overheads(chip: Chip, rows: list[Measurement], notes: list[str]) -> Chip:

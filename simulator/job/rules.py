@@ -206,12 +206,33 @@ def chunks_of(
     return tuple(flat[s::pipeline] for s in range(pipeline))
 
 
+def _order(p: Any) -> tuple[str, ...]:
+    """Mesh axes over device indices, the fastest first."""
+    return tuple((p.placement or Placement()).order)
+
+
+def _check_placement(p: Any, data: Number, refuse: Refusal) -> None:
+    """The axes that experts lie over are neighbours: their groups have one stride each."""
+    order = _order(p)
+    degree = {"data": data, "tensor": p.tensor, "context": p.context}
+    at = order.index("pipeline")
+    inner: Number = 1
+    outer: Number = 1
+    for axis in order[:at]:
+        inner = inner * degree[axis]
+    for axis in order[at + 1 :]:
+        outer = outer * degree[axis]
+    apart = (p.pipeline > 1) & (inner > 1) & (outer > 1)
+    rule = "experts lie over data, context and tensor, which must be neighbours: put pipeline first or last"
+    refuse.need((apart == 0), "plan.placement.order", ", ".join(order), rule)
+
+
 def _strides(p: Any, data: Number) -> dict[str, Number]:
     """Distance in device index between neighbours on each axis; the expert axes subdivide data x context x tensor."""
     degree = {"data": data, "tensor": p.tensor, "context": p.context, "pipeline": p.pipeline}
     strides: dict[str, Number] = {}
     here: Number = 1
-    for axis in (p.placement or Placement()).order:
+    for axis in _order(p):
         strides[axis] = here
         here = here * degree[axis]
     base = minimum(minimum(strides["data"], strides["tensor"]), strides["context"])
@@ -234,6 +255,8 @@ def resolve(job: Job, cluster: Cluster, plan: Any = None, refuse: Refusal = REFU
     _check_model(job, p, refuse)
     micro, microbatches = _check_batch(job, p, data, refuse)
     _check_schedule(job, p, microbatches, refuse)
+    if job.model.moes:
+        _check_placement(p, data, refuse)
     replicas = data * p.context
     asked = p.shard_degree
     shard = 1 if p.shard == "none" else (replicas if asked is None else where(asked > 0, asked, replicas))

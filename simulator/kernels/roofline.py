@@ -80,6 +80,7 @@ class Kernels:
         self.attention = (e.attention_forward.value, e.attention_backward.value)
         self._ready: dict[str, tuple[float, CurveTable]] = {}
         self._classes = chip.op_classes
+        self._caches = ([_log10(x) for x, _ in e.caches], [y for _, y in e.caches]) if e.caches else None
 
     def runs_as(self, dtype: str) -> str:
         """The number format in which the chip runs `dtype`."""
@@ -128,13 +129,23 @@ class Kernels:
         slow = where(op.groups > 1, self.grouped, 1.0)
         return flops * slow / (peak * efficiency)
 
+    def memory_s(self, bytes_: Number) -> Number:
+        """Seconds to move `bytes_` of one op, from a cache where the profile says that they fit."""
+        seconds = bytes_ / self.bytes_per_s
+        if self._caches is None:
+            return seconds
+        import numpy as np
+
+        faster = np.interp(log10(maximum(bytes_, 1.0)), *self._caches)
+        return seconds / (float(faster) if isinstance(bytes_, (int, float)) else faster)
+
     def forward_s(self, op: Op) -> Number:
         """Seconds of the forward pass of `op`."""
         if self._classes:
             known = self._classes.get(f"{class_of(op.scope)}:{FORWARD}")
             if known is not None:
                 return self._classed(known, *self.terms(op, FORWARD))
-        memory = op.bytes / self.bytes_per_s
+        memory = self.memory_s(op.bytes)
         if op.kind == "memory":
             return memory + self.overhead_s
         return maximum(self.arithmetic_s(op, op.flops), memory) + self.overhead_s
@@ -150,7 +161,7 @@ class Kernels:
             known = self._classes.get(f"{class_of(op.scope)}:{BACKWARD}")
             if known is not None:
                 return self._classed(known, *self.terms(op, BACKWARD))
-        memory = op.backward_bytes / self.bytes_per_s
+        memory = self.memory_s(op.backward_bytes)
         if op.kind == "memory":
             return memory + self.overhead_s
         kernels = op.backward if op.kind == "matmul" else 1.0
@@ -162,7 +173,7 @@ class Kernels:
         kernels = op.backward if back and op.kind == "matmul" else 1.0
         flops = op.flops * op.backward if back else op.flops
         arithmetic = 0.0 if op.kind == "memory" else self.arithmetic_s(op, flops, back)
-        return kernels * self.overhead_s, arithmetic, (op.backward_bytes if back else op.bytes) / self.bytes_per_s
+        return kernels * self.overhead_s, arithmetic, self.memory_s(op.backward_bytes if back else op.bytes)
 
     @staticmethod
     def _classed(known: OpClass, launches: Number, arithmetic: Number, traffic: Number) -> Number:
@@ -171,12 +182,12 @@ class Kernels:
     def stream_s(self, bytes_: Number, scope: str = "") -> Number:
         """Seconds to move `bytes_` to or from device memory; `scope` names what does it."""
         known = self._classes.get(f"{class_of(scope)}:{FORWARD}") if self._classes else None
-        traffic = bytes_ / self.bytes_per_s
+        traffic = self.memory_s(bytes_)
         return traffic + self.overhead_s if known is None else self._classed(known, self.overhead_s, 0.0, traffic)
 
     def bound(self, op: Op, backward: bool = False) -> str:
         """What limits a pass: compute, memory or overhead."""
-        memory = (op.backward_bytes if backward else op.bytes) / self.bytes_per_s
+        memory = self.memory_s(op.backward_bytes if backward else op.bytes)
         flops = op.flops * op.backward if backward else op.flops
         arithmetic = 0.0 if op.kind == "memory" else self.arithmetic_s(op, flops, backward)
         longest = max(memory, arithmetic)
