@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
@@ -39,6 +39,9 @@ class ClusterSpec(Record):
     chip: Annotated[str | dict[str, str | float], BeforeValidator(_chip_text_or_mapping)]
     slice: str | None = Field(None, description="TPU: chips per axis (4x4x8) or a slice name (v5p-256)")
     slices: Count | None = Field(None, description="TPU: slices joined by the data-centre network; default 1")
+    curves: Literal["shipped", "compiler"] | None = Field(
+        None, description="TPU: efficiencies of the chip's file, or what the TPU compiler expects; default shipped"
+    )
     nodes: Count | None = Field(None, description="GPU: number of nodes")
     chips_per_node: Count | None = Field(None, description="GPU: devices used in each node; default all")
     racks: Count | None = Field(None, description="NVL72: number of racks")
@@ -68,7 +71,7 @@ def is_rack_scale(chip: Chip) -> bool:
 def check_keys(spec: ClusterSpec, chip: Chip) -> None:
     """QuestionError where a key does not belong to this kind of chip, or the one that gives the size is missing."""
     if chip.kind == "tpu":
-        what, needed, allowed = "a TPU", "slice", {"slice", "slices"}
+        what, needed, allowed = "a TPU", "slice", {"slice", "slices", "curves"}
     elif chip.kind == "cpu":
         what, needed, allowed = "a CPU host", "devices", {"devices"}
     elif is_rack_scale(chip):

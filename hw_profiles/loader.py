@@ -11,6 +11,7 @@ from typing import Any
 from hw_profiles.cluster import Cluster, Level, Protocols, Torus
 from hw_profiles.cluster_spec import ClusterSpec, check_keys, is_rack_scale
 from hw_profiles.errors import QuestionError, nearest
+from hw_profiles.estimates import with_estimates
 from hw_profiles.overrides import apply_overrides, quantities
 from hw_profiles.schema import Chip, Record, ScaleOut, ScaleUp
 from hw_profiles.sharing import at_work
@@ -147,6 +148,8 @@ def resolve_cluster(
         name, description, parsed = "", "", validate(ClusterSpec, _plain(spec), "", "cluster")
     profile_name = canonical_chip_name(parsed.chip_name)
     chip = chip or load_chip(profile_name)
+    if parsed.curves == "compiler" and chip.kind == "tpu":
+        chip = with_estimates(chip)
     changes = {**parsed.chip_changes, **(chip_overrides or {})}
     chip = _changed(chip, changes)
     check_keys(parsed, chip)

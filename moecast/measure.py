@@ -32,7 +32,9 @@ LONGEST_S = 3600.0
 def register(app: typer.Typer) -> None:
     """Add the commands to the command line."""
     app.command(epilog="Example: moecast measure examples/small/mixtral-8x7b.yaml -o mixtral.parquet")(measure)
-    app.command(epilog="Example: moecast bench --devices 2 -o bench.parquet")(bench)
+    app.command(
+        epilog="Examples: moecast bench --devices 2 -o bench.parquet; moecast bench --target tpu:v5p:2x2x1 -o v5p.csv"
+    )(bench)
 
 
 def measure(
@@ -82,7 +84,7 @@ def measure(
             parts.append(Path(scratch) / f"{i}.parquet")
             child(["measure", *map(str, paths), "-o", str(parts[-1]), *options])
         whole = _joined(parts, output)
-    _finish(whole, output, as_json)
+    finish(whole, output, as_json)
 
 
 def bench(
@@ -97,10 +99,18 @@ def bench(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure this machine's devices: products, memory streams, launches and every collective."""
+    """Measure this machine's devices: products, memory streams, launches and every collective.
+
+    With --target nothing is measured: the TPU compiler says how long it expects the same products and streams to take.
+    """
     check_table(output)
     if target is not None:
-        raise QuestionError("--target: not built yet")
+        from moecast.estimates import bench_target
+
+        if (devices, chip) != (None, None):
+            raise QuestionError(f"--target {target}: has its own chip; leave --devices and --chip out")
+        bench_target(target, output, as_json)
+        return
     if os.environ.get(CHILD):
         _bench_here(output, devices, chip, seconds)
         return
@@ -109,7 +119,7 @@ def bench(
         arguments = ["bench", "-o", str(made), "--seconds", str(seconds), "--devices", str(devices or cores())]
         child([*arguments, *(["--chip", chip] if chip else [])])
         whole = _joined([made], output)
-    _finish(whole, output, as_json)
+    finish(whole, output, as_json)
 
 
 def cores() -> int:
@@ -229,7 +239,8 @@ def _joined(parts: Sequence[Path], output: Path) -> MeasurementTable:
     return MeasurementTable(tuple(rows), jobs, routing, output.name, timelines)
 
 
-def _finish(table: MeasurementTable, output: Path, as_json: bool) -> None:
+def finish(table: MeasurementTable, output: Path, as_json: bool) -> None:
+    """Write the table and print it."""
     from moecast.terminal_measured import print_table, summary
     from simulator.calibration.tables import write_table
 

@@ -38,7 +38,9 @@ def print_table(table: MeasurementTable, output: Path) -> None:
         console.print(_steps(table))
         console.print(_scopes(table))
     if any(r.source == "moecast bench" for r in table.rows):
-        console.print(_reached(table))
+        console.print(_reached(table, "Reached by each device, all at work"))
+    if any(r.kind == "compiler-estimate" for r in table.rows):
+        console.print(_reached(table, "What the compiler expects of one device"))
     console.print(f"{len(table.rows)} rows: {output}", highlight=False, soft_wrap=True)
 
 
@@ -86,16 +88,17 @@ def _scopes(table: MeasurementTable) -> Any:
     return out
 
 
-def _reached(table: MeasurementTable) -> Any:
+def _reached(table: MeasurementTable, title: str) -> Any:
     """The best of each kind."""
-    out = _new("Reached by each device, all at work", "what", "best", "median", "rows")
+    timed = ("kernel", "compiler-estimate")
+    out = _new(title, "what", "best", "median", "rows")
     groups: dict[tuple[str, str], list[tuple[float, str]]] = defaultdict(list)
     for r in table.rows:
         if r.seconds and r.flops:
             groups[r.name, "FLOP/s"].append((r.flops / r.seconds, r.id))
-        elif r.seconds and r.bytes and r.kind in ("kernel", "collective"):
+        elif r.seconds and r.bytes and r.kind in (*timed, "collective"):
             groups[r.name, "B/s"].append((r.bytes / r.seconds, r.id))
-        elif r.seconds and r.kind == "kernel":
+        elif r.seconds and r.kind in timed:
             groups[r.name, "s"].append((r.seconds, r.id))
     for (name, unit), found in groups.items():
         values = [v for v, _ in found]
