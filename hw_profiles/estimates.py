@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
+from typing import Literal
 
 from hw_profiles.errors import QuestionError
 from hw_profiles.schema import Chip, Curve, Dtype, Quantity, Record
@@ -20,7 +21,7 @@ FOLDER = Path(__file__).parent / "estimates"
 class Estimates(Record):
     """Numbers of a chip that follow from the compiler's cycles; keys as in a chip's file."""
 
-    matmul: dict[Dtype, Curve]
+    matmul: dict[Dtype | Literal["fp8_block"], Curve]
     grouped_slowdown: Quantity
     memory: Quantity
     kernel_overhead_us: Quantity
@@ -47,7 +48,13 @@ def with_estimates(chip: Chip) -> Chip:
     found = load_estimates(chip.name)
     base = found.matmul["bf16"]
     borrowed = base.model_copy(update={"basis": "borrowed", "confidence": "low", "residuals": None, "rows": None})
-    matmul = {name: found.matmul.get(name, borrowed) for name in chip.efficiency.matmul}  # type: ignore[call-overload]
+    matmul = {name: found.matmul.get(name, borrowed) for name in chip.efficiency.matmul}
     changes = {"matmul": matmul, "grouped_slowdown": found.grouped_slowdown, "memory": found.memory}
     efficiency = chip.efficiency.model_copy(update=changes)
     return chip.model_copy(update={"efficiency": efficiency, "kernel_overhead_us": found.kernel_overhead_us})
+
+
+def profile_name(chip: Chip) -> str:
+    """What a forecast calls a profile that is no file of the user's."""
+    theirs = any(curve.basis == "compiler" for curve in chip.efficiency.matmul.values())
+    return f"{chip.name} {'by its compiler' if theirs else 'as shipped'}"

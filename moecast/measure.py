@@ -93,7 +93,9 @@ def bench(
         int | None, typer.Option(min=1, max=512, help="CPU devices at work at once (default: one per core).")
     ] = None,
     chip: Annotated[str | None, typer.Option(metavar="NAME", help="The profile whose chip this is.")] = None,
-    seconds: Annotated[float, typer.Option(min=0.01, max=60, help="Seconds for each benchmark.")] = 0.2,
+    seconds: Annotated[
+        float | None, typer.Option(min=0.01, max=60, help="Seconds for each benchmark (default 0.2).")
+    ] = None,
     target: Annotated[
         str | None, typer.Option(metavar="TARGET", help="Ask the TPU compiler instead, such as tpu:v5p:2x2x1.")
     ] = None,
@@ -107,16 +109,16 @@ def bench(
     if target is not None:
         from moecast.estimates import bench_target
 
-        if (devices, chip) != (None, None):
-            raise QuestionError(f"--target {target}: has its own chip; leave --devices and --chip out")
+        if (devices, chip, seconds) != (None, None, None):
+            raise QuestionError(f"--target {target:.60}: nothing runs: leave --devices, --chip and --seconds out")
         bench_target(target, output, as_json)
         return
     if os.environ.get(CHILD):
-        _bench_here(output, devices, chip, seconds)
+        _bench_here(output, devices, chip, seconds or 0.2)
         return
     with tempfile.TemporaryDirectory(prefix="moecast-") as scratch:
         made = Path(scratch) / "bench.parquet"
-        arguments = ["bench", "-o", str(made), "--seconds", str(seconds), "--devices", str(devices or cores())]
+        arguments = ["bench", "-o", str(made), "--seconds", str(seconds or 0.2), "--devices", str(devices or cores())]
         child([*arguments, *(["--chip", chip] if chip else [])])
         whole = _joined([made], output)
     finish(whole, output, as_json)

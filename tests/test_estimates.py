@@ -15,7 +15,7 @@ import pytest
 from benchmarks.fit_estimates import as_yaml, fitted
 from hw_profiles.cycles import clock_hz, cycles
 from hw_profiles.errors import QuestionError
-from hw_profiles.estimates import FOLDER, estimate_names, load_estimates
+from hw_profiles.estimates import FOLDER, estimate_names, load_estimates, profile_name
 from hw_profiles.loader import load_chip, resolve_cluster
 from simulator.calibration.fit_estimates import fit_estimates, monotone_points
 from simulator.calibration.tables import read_table
@@ -194,6 +194,7 @@ def test_a_job_chooses_the_curves_of_the_compiler() -> None:
     assert theirs.efficiency.matmul["int8"].basis == "borrowed"
     assert theirs.efficiency.matmul["int8"].points == theirs.efficiency.matmul["bf16"].points
     assert theirs.peak_tflops == shipped.peak_tflops
+    assert (profile_name(shipped), profile_name(theirs)) == ("tpu-v5p as shipped", "tpu-v5p by its compiler")
     flops = 1e12
     assert CurveTable(theirs.efficiency.matmul["bf16"]).at(flops) != CurveTable(shipped.efficiency.matmul["bf16"]).at(
         flops
@@ -219,7 +220,11 @@ def test_curves_that_are_not_there_are_refused(spec: dict[str, Any], rule: str) 
     [
         (["--target", "tpu:v5p:2x2x9"], 2, "target = 'tpu:v5p:2x2x9': tpu-v5p has no such slice"),
         (["--target", "cpu:8"], 2, "--target cpu:8: only the TPU compiler states cycles"),
-        (["--target", "tpu:v5p:2x2x1", "--chip", "tpu-v5p"], 2, "has its own chip; leave --devices and --chip out"),
+        (
+            ["--target", "tpu:v5p:2x2x1", "--chip", "tpu-v5p"],
+            2,
+            "nothing runs: leave --devices, --chip and --seconds out",
+        ),
     ],
 )
 def test_the_command_refuses(tmp_path: Path, arguments: list[str], code: int, message: str) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from hw_profiles.cluster import Cluster
 from hw_profiles.errors import QuestionError, nearest
+from hw_profiles.estimates import profile_name
 from hw_profiles.loader import resolve_cluster
 from hw_profiles.schema import Chip
 from simulator.analysis.closed_form import ClosedForm, busiest_rank, closed_form
@@ -47,7 +48,7 @@ def forecast(
     if engine not in ENGINES:
         raise QuestionError(f"engine = {engine!r}: known engines: {', '.join(ENGINES)}{nearest(engine, ENGINES)}")
     cluster = resolve_cluster(job.cluster, chip=chip)
-    return forecast_on(job, cluster, profile or f"{cluster.chip.name} as shipped", engine, options, folder)
+    return forecast_on(job, cluster, profile or profile_name(cluster.chip), engine, options, folder)
 
 
 def forecast_on(

@@ -10,6 +10,7 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from statistics import median
+from typing import Literal
 
 from hw_profiles.errors import QuestionError
 from hw_profiles.estimates import Estimates
@@ -18,7 +19,7 @@ from simulator.calibration.fit_machine import quantiles
 from simulator.kernels.roofline import CurveTable, Kernels
 from simulator.results.measurement import Measurement
 
-DTYPE = "bf16"
+DTYPE: Literal["bf16"] = "bf16"
 # A stream's first microsecond is small beside these.
 LARGE_STREAM_BYTES = 2.0**27
 # A product says something about arithmetic where it takes this much longer than its traffic.
