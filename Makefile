@@ -11,14 +11,15 @@ EXAMPLES := t5-base switch-base-128 mixtral-8x7b qwen3-235b-a22b deepseek-v3
 CACHES := .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench constraints clean
+.PHONY: help demo test lint bench netlab constraints clean
 .NOTPARALLEL:
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
-demo: $(INSTALLED) ## forecast five models from T5 to DeepSeek-V3, and write the report demo.html
+demo: $(INSTALLED)-train ## forecast five models; then measure small jobs here, calibrate, and forecast others
 	$(BIN)/moecast forecast $(EXAMPLES:%=examples/%.yaml) --html demo.html
+	$(BIN)/python -m benchmarks.loop --out runs/loop
 
 test: $(INSTALLED)-test ## run the tests (more options: make test PYTEST_ARGS="-k name -x")
 	$(BIN)/pytest -n auto $(PYTEST_ARGS)
@@ -34,6 +35,9 @@ bench: $(INSTALLED)-test ## run the benchmarks that need nothing beside this fol
 		echo "==> $$script"; $(BIN)/python $$script; \
 	done
 
+netlab: $(INSTALLED)-train ## measure, calibrate and validate on hosts in network namespaces (needs root and iproute2)
+	$(BIN)/python -m benchmarks.netlab
+
 constraints: ## resolve all dependencies anew and write their versions to constraints.txt
 	$(check-python)
 	@echo "==> resolving the newest versions of all dependencies"
@@ -45,14 +49,15 @@ constraints: ## resolve all dependencies anew and write their versions to constr
 	cp "$$scratch/constraints.txt" constraints.txt
 	@echo "==> constraints.txt: $$(grep -c == constraints.txt) packages"
 
-clean: ## remove .venv, caches, builds and demo.html
-	rm -rf .venv build dist *.egg-info demo.html $(CACHES)
+clean: ## remove .venv, caches, builds, demo.html and runs/loop
+	rm -rf .venv build dist *.egg-info demo.html runs/loop $(CACHES)
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# One environment, three sizes: the command alone, with the trainer and the test tools, with the lint tools.
+# One environment, in sizes: the command alone, with the trainer, with the test tools, with the lint tools.
+$(INSTALLED)-train: extras := [train]
 $(INSTALLED)-test: extras := [train,test]
 $(INSTALLED)-dev: extras := [train,dev]
-$(INSTALLED) $(INSTALLED)-test $(INSTALLED)-dev: pyproject.toml constraints.txt | $(BIN)/pip
+$(INSTALLED) $(INSTALLED)-train $(INSTALLED)-test $(INSTALLED)-dev: pyproject.toml constraints.txt | $(BIN)/pip
 	@echo "==> installing moecast$(extras) into $(VENV)"
 	@$(PIP) -q install -c constraints.txt -e '.$(extras)'
 	@touch $@

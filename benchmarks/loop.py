@@ -53,19 +53,19 @@ class Variant:
             "name": self.name,
             "cluster": {"chip": "cpu-host", "devices": self.devices},
             "plan": {"expert": self.degree},
-            "batch": {"sequences": 16, "length": 128},
+            "batch": {"sequences": 8, "length": 128},
             "training": job["training"] | {"capacity": capacity, "run": {"steps": 50}},
         }
 
 
 FIT = (
-    Variant(2, 64, 128, 4, 1.25, 2), Variant(2, 128, 256, 4, 1.0, 2), Variant(2, 128, 512, 8, 1.25, 1),
-    Variant(2, 96, 192, 8, 2.0, 2), Variant(2, 64, 512, 16, 1.0, 1), Variant(2, 160, 320, 4, 1.5, 2),
-    Variant(8, 64, 128, 8, 1.25, 8), Variant(8, 128, 256, 8, 1.25, 8), Variant(8, 64, 512, 8, 1.0, 4),
+    Variant(2, 64, 128, 4, 1.25, 2), Variant(2, 128, 256, 4, 1.0, 2), Variant(2, 128, 384, 8, 1.25, 1),
+    Variant(2, 96, 192, 8, 2.0, 2), Variant(2, 64, 320, 8, 1.0, 1), Variant(2, 160, 320, 4, 1.5, 2),
+    Variant(8, 64, 128, 8, 1.25, 8), Variant(8, 128, 256, 8, 1.25, 8), Variant(8, 64, 320, 8, 1.0, 4),
 )  # fmt: skip
 HELD_OUT = (
-    Variant(2, 96, 320, 8, 1.25, 2), Variant(2, 128, 224, 4, 2.0, 1), Variant(2, 64, 384, 8, 1.5, 2),
-    Variant(8, 64, 320, 16, 1.25, 8), Variant(8, 96, 384, 8, 1.5, 4),
+    Variant(2, 96, 320, 8, 1.25, 2), Variant(2, 128, 224, 4, 2.0, 1), Variant(2, 64, 256, 8, 1.5, 2),
+    Variant(8, 64, 192, 16, 1.25, 8), Variant(8, 96, 256, 8, 1.5, 4),
 )  # fmt: skip
 
 

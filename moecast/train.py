@@ -107,6 +107,7 @@ def prepare(cluster: Cluster, local: int) -> None:
     """Settings that JAX reads when it starts."""
     if cluster.chip.kind != "cpu":
         return
+    _keep_memory()
     os.environ["JAX_PLATFORMS"] = "cpu"
     flags = [
         f"--xla_force_host_platform_device_count={local}",
@@ -118,6 +119,22 @@ def prepare(cluster: Cluster, local: int) -> None:
         # Each device has a thread of its own; more threads in each would fight for the cores.
         flags.append("--xla_cpu_multi_thread_eigen=false")
     os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *flags]).strip()
+
+
+def _keep_memory() -> None:
+    """Have the C library keep the memory of a step for the next one, where it can be told (glibc's mallopt).
+
+    XLA:CPU takes the temporaries of every step anew; from some MiB on they would be mapped, cleared page by page and
+    given back each time: 140 ms a step instead of 76 (128 hidden, two devices, November 2026).
+    """
+    import contextlib
+    import ctypes
+
+    trim, top_pad, most_mapped = -1, -2, -4
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None)
+        for option, value in ((most_mapped, 0), (trim, 2**31 - 1), (top_pad, 64 * 2**20)):
+            libc.mallopt(option, value)
 
 
 def _run(
