@@ -95,9 +95,9 @@ def _stream(timer: Timer, size: int) -> Measurement:
 def _launches(timer: Timer) -> list[Measurement]:
     """Of a whole program, from Python's call to its end; and of one small instruction within a program."""
     x = timer.ones((16,), jnp.float32)
-    program = timer.program(lambda y: y + 1.0, 1)
-    jax.block_until_ready(program(x))
-    whole = [timed(program, x) for _ in range(LAUNCHES)]
+    program = timer.program(lambda y: y + 1.0)
+    jax.block_until_ready(program(x, 1))
+    whole = [timed(program, x, 1) for _ in range(LAUNCHES)]
     tiny = timer.ones((8, 8), jnp.float32)
     small = [s / SMALL_IN_A_ROW for s in timer.seconds(_small_ones, tiny)]
     return [

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -22,7 +21,7 @@ from trainer.measure import software, today
 Array = Any
 Say = Callable[[str], None]
 Body = Callable[[Array], Array]
-MOST_REPEATS = 20_000
+FEW, MOST_REPEATS = 4, 20_000
 
 
 @dataclass(frozen=True)
@@ -50,29 +49,28 @@ class Timer:
 
     def ones(self, shape: Sequence[int], dtype: Any) -> Array:
         """Ones, a part of `shape` on every device, joined along the first dimension."""
-        whole = (shape[0] * self.count, *shape[1:])
-        return jax.jit(lambda: jnp.ones(whole, dtype), out_shardings=NamedSharding(self.mesh, self._spec))()
+        whole = np.ones((shape[0] * self.count, *shape[1:]), dtype)
+        return jax.device_put(whole, NamedSharding(self.mesh, self._spec))
 
     def seconds(self, body: Body, x: Array) -> list[float]:
         """Seconds of one `body` (from a device's part of `x` to the like) in each sample.
 
         The data passes from one repeat to the next, so that XLA can leave none out.
         """
-        few = self.program(body, 4)
-        jax.block_until_ready(few(x))
-        each = min(timed(few, x) for _ in range(3)) / 4
-        repeats = int(np.clip(self.budget_s / self.samples / max(each, 1e-7), 4, MOST_REPEATS))
-        many = self.program(body, repeats)
-        jax.block_until_ready(many(x))
-        return [timed(many, x) / repeats for _ in range(self.samples)]
+        program = self.program(body)
+        jax.block_until_ready(program(x, FEW))
+        each = min(timed(program, x, FEW) for _ in range(3)) / FEW
+        repeats = int(np.clip(self.budget_s / self.samples / max(each, 1e-7), FEW, MOST_REPEATS))
+        return [timed(program, x, repeats) / repeats for _ in range(self.samples)]
 
-    def program(self, body: Body, repeats: int) -> Any:
-        """`body`, `repeats` times on every device."""
+    def program(self, body: Body) -> Any:
+        """`body` on every device, as often as the second argument says: one program for any number of repeats."""
 
-        def run(x: Array) -> Array:
+        def run(x: Array, repeats: Array) -> Array:
             return lax.fori_loop(0, repeats, lambda _, y: body(y), x)
 
-        return jax.jit(jax.shard_map(run, mesh=self.mesh, in_specs=self._spec, out_specs=self._spec, check_vma=False))
+        specs = (self._spec, PartitionSpec())
+        return jax.jit(jax.shard_map(run, mesh=self.mesh, in_specs=specs, out_specs=self._spec, check_vma=False))
 
     def row(self, kind: str, name: str, seconds: Sequence[float], key: str, **more: Any) -> Measurement:
         """A row of the table."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import permutations
 
+from hw_profiles.errors import QuestionError
 from hw_profiles.loader import resolve_cluster
 from simulator.analysis.forecast import forecast_on
 from simulator.job.job import Axis, Job, Placement
@@ -36,7 +37,13 @@ def placements(job: Job) -> list[Placed]:
             continue
         seen.add(split)
         plan = job.plan.model_copy(update={"placement": Placement(order=order)})
-        answer = forecast_on(job.model_copy(update={"plan": plan}), cluster, "placement")
+        try:
+            answer = forecast_on(job.model_copy(update={"plan": plan}), cluster, "placement")
+        except QuestionError:
+            if order == default:
+                raise
+            # Experts' axes have to be neighbours: an order that parts them is none for this job.
+            continue
         parts = answer.parts
         out.append(
             Placed(order, answer.step_time_s, answer.all_to_all.time_s, parts.all_to_all_s + parts.communication_s)

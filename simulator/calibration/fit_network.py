@@ -12,10 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from hw_profiles.schema import Chip, CollectiveFamily, Quantity, Regime, Regimes, ScaleUp
+from hw_profiles.loader import resolve_cluster
+from hw_profiles.schema import Chip, CollectiveFamily, Quantity, Regime, Regimes, ScaleUp, Sharing
 from hw_profiles.sharing import at_work
 from simulator.calibration.fit_machine import quantiles
-from simulator.network.collectives import PASSES
+from simulator.network.collectives import PASSES, collective_rate
 
 FAMILIES = {"all_gather": "ring", "reduce_scatter": "ring", "all_reduce": "all_reduce", "all_to_all": "all_to_all"}
 FEWEST = 6
@@ -23,7 +24,7 @@ FEWEST = 6
 
 @dataclass(frozen=True)
 class Timed:
-    """One timed collective."""
+    """One timed collective; `weight` is what its calls take of all the time that is fitted."""
 
     kind: str
     size: int
@@ -31,6 +32,7 @@ class Timed:
     seconds: float
     devices: int
     in_step: bool
+    weight: float = 1.0
 
 
 def fit_network(chip: Chip, rows: Sequence[Timed], source: str, date: str) -> tuple[Chip, list[str]]:
@@ -41,12 +43,16 @@ def fit_network(chip: Chip, rows: Sequence[Timed], source: str, date: str) -> tu
     up = chip.scale_up
     collectives = dict(up.collectives)
     changes: dict[str, object] = {}
+    fewest = min(r.devices for r in rows)
     families: tuple[CollectiveFamily, ...] = ("ring", "all_reduce", "all_to_all")
     for family in families:
         own = [r for r in rows if FAMILIES.get(r.kind) == family]
         # What ran in steps is what is asked for; those alone find data in caches, and nobody late.
         within = [r for r in own if r.in_step]
         own = within if len(within) >= FEWEST else own
+        # Those of the fewest devices at work; more of them are slower by `sharing`, fitted after.
+        base = [r for r in own if r.devices == fewest]
+        own = base if len(base) >= FEWEST else own
         if len(own) < FEWEST:
             notes.append(f"{family}: {len(own)} rows, at least {FEWEST} are needed: not fitted")
             continue
@@ -65,7 +71,36 @@ def fit_network(chip: Chip, rows: Sequence[Timed], source: str, date: str) -> tu
             name = "ring_efficiency" if family == "ring" else "all_to_all_efficiency"
             changes[name] = Quantity(value=share, source=source, date=date, confidence="medium")
     new: ScaleUp = up.model_copy(update={**changes, "collectives": collectives})
-    return chip.model_copy(update={"scale_up": new}), notes
+    chip = chip.model_copy(update={"scale_up": new})
+    return chip.model_copy(update={"sharing": tuple(_shared(chip, s, rows) for s in chip.sharing)}), notes
+
+
+def _shared(chip: Chip, known: Sharing, rows: Sequence[Timed]) -> Sharing:
+    """`known` with its factors for a collective's start and bytes as collectives in steps show them, if enough do."""
+    from scipy.optimize import least_squares
+
+    own = [r for r in rows if r.devices == known.devices and r.in_step and r.kind in FAMILIES]
+    if len(own) < FEWEST or known.devices == min(r.devices for r in rows):
+        return known
+    alone = resolve_cluster({"chip": chip.name, "devices": known.devices}, chip=chip.model_copy(update={"sharing": ()}))
+    lines = [collective_rate(alone, r.kind, r.size, 1) for r in own]
+    starts = np.array([line.latency_s for line in lines])
+    wires = np.array([r.bytes * line.seconds_per_byte for r, line in zip(own, lines, strict=True)])
+    seconds, weights = np.array([r.seconds for r in own]), _weights(own)
+
+    def off(x: NDArray[np.float64]) -> NDArray[np.float64]:
+        out: NDArray[np.float64] = np.log((x[0] * starts + x[1] * wires) / seconds) * weights
+        return out
+
+    x = least_squares(off, [known.start, known.wire], bounds=(0.1, 1e3), loss="soft_l1").x
+    return known.model_copy(update={"start": float(x[0]), "wire": float(x[1])})
+
+
+def _weights(rows: Sequence[Timed]) -> NDArray[np.float64]:
+    """A call that takes most of the time has to come out; one of a few bytes now and then does not."""
+    share = np.array([r.weight for r in rows])
+    out: NDArray[np.float64] = np.clip(np.sqrt(share / share.mean()), 0.1, 10.0)
+    return out
 
 
 def _fit(
@@ -83,6 +118,7 @@ def _fit(
     wire = np.array([PASSES.get(r.kind, 1.0) for r in rows]) * bytes_ * (size - 1) / size / rates
     stays = bytes_ / size / rates
     seconds = np.array([r.seconds for r in rows])
+    weights = _weights(rows)
     # The ring's rate is the all-reduce's too: the simulator has one for both.
     ring = changes.get("ring_efficiency")
     fixed = 1 / ring.value if family == "all_reduce" and isinstance(ring, Quantity) else None
@@ -93,7 +129,7 @@ def _fit(
         return out
 
     def off(x: NDArray[np.float64]) -> NDArray[np.float64]:
-        out: NDArray[np.float64] = np.log(model(x) / seconds)
+        out: NDArray[np.float64] = np.log(model(x) / seconds) * weights
         return out
 
     several = len(set(hops.tolist())) > 1
