@@ -18,7 +18,7 @@ import typer
 from typer.core import TyperGroup
 
 from hw_profiles.errors import QuestionError, WorkFailed
-from moecast import calibrate, compare, importing, measure, plan, programs, train, validate, whatif
+from moecast import calibrate, compare, importing, measure, plan, programs, size, train, validate, whatif
 from moecast.progress import FAILED, INTERRUPTED, NO, busy
 
 if TYPE_CHECKING:
@@ -325,6 +325,7 @@ programs.register(app)
 plan.register(app)
 compare.register(app)
 whatif.register(app)
+size.register(app)
 train.register(app)
 measure.register(app)
 calibrate.register(app)

@@ -134,7 +134,7 @@ def _of_model(name: str, value: float, time: Callable[[float], float]) -> Weight
     for down, up in ((1 - STEP, 1 + STEP), *PAIRS) if not whole else PAIRS:
         ends = [value * down, value * up]
         if whole:
-            ends = [int(round(e)) for e in ends]
+            ends = [round(e) for e in ends]
         if ends[0] >= ends[1] or ends[0] <= 0:
             continue
         times: Sequence[tuple[float | None, str]] = [_try(time, e) for e in ends]
