@@ -62,7 +62,8 @@ def _maps(grid: Grid) -> list[str]:
             rows.append(f"<tr><th>{html.escape(words(v) if down else 'step')}</th>{''.join(cells)}</tr>")
         corner = html.escape(f"{down or ''} \\ {across}")
         out.append(
-            f'<div class="wide"><p class="caption">{html.escape(said)}</p><table><thead><tr><th>{corner}</th>{head}</tr>'
+            f'<div class="wide"><p class="caption">{html.escape(said)}</p><table><thead><tr><th>{corner}</th>{head}'
+            "</tr>"
             f"</thead><tbody>{''.join(rows)}</tbody></table></div>"
         )
     if len(outer) > MOST_MAPS:

@@ -111,8 +111,9 @@ def test_rates_and_latencies_scaled_together_scale_the_step(path: Path) -> None:
     factor = {"rate": 1.5, "latency": 1 / 1.5}
     numbers = {n: q.value * factor[kind_of(n)] for n, q in quantities(chip) if kind_of(n) in factor and q.value}
     if chip.kind == "gpu" or chip.kind == "tpu":
-        # Exact but for st-moe-l, of which 0.24 ms (0.016 %) do not scale: a known miss, not explained yet (docs/whatif.md).
-        miss = 2e-4 if path.stem == "st-moe-l" else 1e-9
+        # An all-to-all on a torus has 1 us a hop that stands in network/collectives.py and in no profile.
+        fixed = resolve_cluster(job.cluster).torus is not None and job.model.moes and job.plan.expert > 1
+        miss = 2e-4 if fixed else 1e-9
         assert asked.forecast(numbers=numbers).step_time_s == pytest.approx(step / 1.5, rel=miss)
     found = sensitivity(asked)
     assert found.rates - found.latencies == pytest.approx(-1, abs=3e-3)
