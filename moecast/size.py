@@ -179,8 +179,8 @@ def print_sizing(s: Sizing, console: Console) -> None:
             said = f"{p.chips:,} {p.chip}, phase {i}: {units.count(part.tokens)} tokens, {part.sequences:,} sequences:"
             say.line(f"{said} {part.days:.1f} days; {' '.join(part.overrides) or 'no split'}", "dim")
     for name, terms in s.prices.items():
-        for kind, usd, source, date in terms:
-            say.line(f"{name} {kind} {units.dollars(usd)} per chip-hour ({source}, {date})", "dim")
+        for kind, hourly, source, date in terms:
+            say.line(f"{name} {kind} {units.dollars(hourly)} per chip-hour ({source}, {date})", "dim")
     for chip, chips, rate in s.weak:
         say.line(f"weak: {chips:,} {chip}, batch grown with them: {units.rate(rate, 'tokens')}")
     if s.largest is not None:
