@@ -26,7 +26,8 @@ def _grid(grid: Grid) -> str:
     rows = [(*(words(v) for v in c.values.values()), *_cells(c)) for c in grid.cells[:MOST_ROWS]]
     loud = [i for i, c in enumerate(grid.cells[:MOST_ROWS]) if c.fits is False]
     head = (*grid.axes, "step", "memory", "fits", "MFU", "all-to-all exposed", "per 1B tokens", "refused by")
-    body.append(tables.table(head, rows, loud=loud))
+    n = len(grid.axes)
+    body.append(tables.table(head, rows, numbers=(n, n + 1, n + 3, n + 4, n + 5), loud=loud))
     return page("\n".join(body), f"moecast: what if {grid.job}")
 
 
