@@ -18,7 +18,7 @@ import typer
 from typer.core import TyperGroup
 
 from hw_profiles.errors import QuestionError, WorkFailed
-from moecast import calibrate, importing, measure, plan, programs, train, validate
+from moecast import calibrate, compare, importing, measure, plan, programs, size, train, validate, whatif
 from moecast.progress import FAILED, INTERRUPTED, NO, busy
 
 if TYPE_CHECKING:
@@ -323,6 +323,9 @@ def schema(as_json: Json = True) -> None:
 importing.register(app)
 programs.register(app)
 plan.register(app)
+compare.register(app)
+whatif.register(app)
+size.register(app)
 train.register(app)
 measure.register(app)
 calibrate.register(app)

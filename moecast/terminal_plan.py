@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from moecast.terminal_text import Say
 from reports import units
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
-    from rich.text import Text
 
     from simulator.results.plans import PlanSearch, RankedPlan, Rejection
 
@@ -22,7 +22,7 @@ ZERO = {"none": "", "optimizer": "zero1", "gradients": "zero2", "parameters": "f
 def print_search(answer: PlanSearch, console: Console) -> None:
     """Print the answer of a search."""
     best = answer.best[0]
-    say = _Say(console)
+    say = Say(console)
     say.line(f"{answer.job} on {answer.cluster}: the best of {answer.searched:,} plans by {answer.objective}", "bold")
     say.line(_counts(answer), "dim")
     rate = units.significant(answer.searched / answer.seconds)
@@ -42,40 +42,6 @@ def print_search(answer: PlanSearch, console: Console) -> None:
     say.table(_why(answer.rejected[:WHY_ROWS], say))
 
 
-class _Say:
-    """Prints text from job files as it is: no markup, no control characters."""
-
-    def __init__(self, console: Console) -> None:
-        self.console = console
-
-    def text(self, said: str, style: str = "") -> Text:
-        from rich.text import Text
-
-        shown = "".join(c if c.isprintable() else " " for c in said)
-        if self.console.options.ascii_only:
-            shown = shown.replace("µ", "u").encode("ascii", "replace").decode("ascii")
-        return Text(shown, style=style, overflow="fold")
-
-    def line(self, said: str, style: str = "") -> None:
-        self.console.print(self.text(said, style))
-
-    def table(self, table: Table) -> None:
-        self.console.print(table)
-
-    def new(self, *heads: tuple[str, str]) -> Table:
-        """A table without lines; each column has a head and how it is justified, `wrap` for text that may wrap."""
-        from rich.table import Table
-
-        table = Table(
-            box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim", show_header=any(h for h, _ in heads)
-        )
-        for head, how in heads:
-            table.add_column(
-                head, justify="right" if how == "right" else "left", no_wrap=how != "wrap", overflow="fold"
-            )
-        return table
-
-
 def _counts(a: PlanSearch) -> str:
     broke = a.searched - a.valid
     parts = [f"{broke:,} break a rule", f"{a.pruned:,} cannot fit or cannot win"]
@@ -83,7 +49,7 @@ def _counts(a: PlanSearch) -> str:
     return ", ".join(parts)
 
 
-def _beside(answer: PlanSearch, best: RankedPlan, say: _Say) -> Table:
+def _beside(answer: PlanSearch, best: RankedPlan, say: Say) -> Table:
     """The winner and the job as given: numbers, then the fields that differ."""
     given = answer.given
     table = say.new(("", "left"), ("best", "right"), ("as given", "right"), ("", "wrap"))
@@ -139,7 +105,7 @@ def plan_text(plan: Mapping[str, Any]) -> str:
     return " ".join(part for part in parts if part)
 
 
-def _plans(plans: Sequence[RankedPlan], fastest_s: float, say: _Say) -> Table:
+def _plans(plans: Sequence[RankedPlan], fastest_s: float, say: Say) -> Table:
     """A row per plan; how much longer it takes is over `fastest_s`."""
     table = say.new(("step", "right"), ("", "right"), ("memory", "right"), ("$/1B", "right"), ("plan", "wrap"))
     for p in plans:
@@ -157,7 +123,7 @@ def _spread(plans: Sequence[RankedPlan], most: int) -> list[RankedPlan]:
     return [plans[round(i * (len(plans) - 1) / (most - 1))] for i in range(most)]
 
 
-def _why(rejected: Sequence[Rejection], say: _Say) -> Table:
+def _why(rejected: Sequence[Rejection], say: Say) -> Table:
     table = say.new(("field", "left"), ("not", "left"), ("", "left"), ("because", "wrap"))
     for r in rejected:
         name = r.field.removeprefix("plan.").removeprefix("training.").removeprefix("software.")
