@@ -41,6 +41,8 @@ def maxtext_job(s: Settings, devices: int) -> dict[str, Any]:
     layers = _layers_of(model)
     length = s.needed("max_target_length", 2048)
     plan = _plan(s, devices)
+    if not _experts_of(model):
+        plan.pop("expert_tensor", None)
     batch, micro = _batch(s, plan, devices)
     plan |= micro
     pipeline = plan["pipeline"]
