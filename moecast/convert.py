@@ -53,7 +53,9 @@ def convert(
         from simulator.job.load import job_from_mapping
 
         if overrides:
-            raise QuestionError(f"{overrides[0]!r:.60}: overrides go with a trainer's configuration; use the job itself")
+            raise QuestionError(
+                f"{overrides[0]!r:.60}: overrides go with a trainer's configuration; use the job itself"
+            )
         folder = Path(file).parent if file != "-" else Path()
         job = job_from_mapping(parse_yaml(text, where), folder=folder, where=where, name=name)
         if to == "job":
@@ -130,7 +132,9 @@ def _show(found: Imported | None, made: Exported | None, text: str, output: Path
         _group("without a place in a job", [(x.name, x.value, x.why) for x in found.left], console)
         _group("not understood", [(x.name, x.value, x.why) for x in found.unknown], console)
     if made is not None:
-        _group(f"cannot be said to {made.form}; kept in its notes", [(x.name, x.value, x.why) for x in made.left], console)
+        _group(
+            f"cannot be said to {made.form}; kept in its notes", [(x.name, x.value, x.why) for x in made.left], console
+        )
         if made.same:
             names = ", ".join(x.name for x in made.same)
             console.print(f"said in another way: {names}", highlight=False, markup=False)

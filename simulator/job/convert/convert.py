@@ -1,4 +1,4 @@
-"""Jobs from other trainers' configurations and back: which reader, which writer, and what got lost (docs/convert.md)."""
+"""Jobs from other trainers' configurations and back: which reader and writer, and what got lost (docs/convert.md)."""
 
 from __future__ import annotations
 
@@ -71,9 +71,9 @@ def form_of(text: str, where: str) -> str:
 
     try:
         found = tomllib.loads(text)
-        if {"model", "training", "parallelism", "job", "optimizer"} & set(found):
-            if any(isinstance(v, dict) for v in found.values()):
-                return "torchtitan"
+        sections = {"model", "training", "parallelism", "job", "optimizer"} & set(found)
+        if any(isinstance(found[name], dict) for name in sections):
+            return "torchtitan"
     except tomllib.TOMLDecodeError:
         pass
     try:
@@ -268,6 +268,9 @@ def _data(job: Job) -> dict[str, Any]:
 
 def _is_same(job: Job, path: str, there: Any) -> bool:
     """Whether the other value of `path` means the same plan."""
+    if path in ("training.remat.recompute", "training.remat.save", "training.remat.offload"):
+        here = getattr(job.training.remat, path.rpartition(".")[2], None)
+        return isinstance(there, list) and here is not None and set(here) == set(there)
     if path not in _WAYS:
         return False
     data = job.model_dump(mode="json")

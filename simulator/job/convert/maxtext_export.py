@@ -140,7 +140,7 @@ def _axes(job: Job, degrees: Degrees, cluster: Cluster) -> Keys:
         "data": rest // fsdp, "fsdp": fsdp, "context": context, "tensor": degrees.tensor, "expert": expert,
         "pipeline": degrees.pipeline,
     }  # fmt: skip
-    between = {axis: 1 for axis in sizes}
+    between = dict.fromkeys(sizes, 1)
     left = cluster.slices
     for axis in ("data", "pipeline", "fsdp"):
         from math import gcd

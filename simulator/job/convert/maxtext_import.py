@@ -269,7 +269,7 @@ def _training(s: Settings, top_k: int) -> dict[str, Any]:
         "optimizer": kinds[s.choice("opt_type", kinds, "adamw")],
         "remat": _remat(s),
     }
-    dtypes = {}
+    dtypes: dict[str, str] = {}
     weights, first = s.choice("weight_dtype", WIDTHS, "float32"), str(s.get("mu_dtype", "") or "")
     if weights == "bfloat16":
         dtypes |= {"parameters": "bf16", "second_moment": "bf16", "first_moment": WIDTHS.get(first, "bf16")}
@@ -298,7 +298,10 @@ def _learning(s: Settings, top_k: int) -> dict[str, Any]:
     until = s.count("learning_rate_schedule_steps", -1, -1) or -1
     until = until if until > 0 else steps
     warm = round((s.number("warmup_steps_fraction", 0.1, 0) or 0.0) * until)
-    kind, final = s.choice("lr_schedule_type", ("cosine", "wsd"), "cosine"), s.number("learning_rate_final_fraction", 0.1)
+    kind, final = (
+        s.choice("lr_schedule_type", ("cosine", "wsd"), "cosine"),
+        s.number("learning_rate_final_fraction", 0.1),
+    )
     schedule: dict[str, Any] = {"peak": rate, "schedule": "constant", "warmup_steps": max(1, warm)}
     if kind == "cosine" and until > max(1, warm):
         schedule |= {"schedule": "cosine", "decay_steps": until, "final": final}

@@ -6,11 +6,13 @@ releases are marked. What a flag without a counterpart is about is said once per
 
 from __future__ import annotations
 
+from simulator.job.convert.words import words
+
 SOURCE = "Megatron-LM megatron/training/arguments.py@000c4ac24"
 LATER = "Megatron-LM, later than 000c4ac24"
 
 # Flags without a value.
-BARE = frozenset("""
+BARE = frozenset(words("""
     group-query-attention swiglu squared-relu quick-geglu untie-embeddings-and-output-weights multi-latent-attention
     disable-bias-linear add-qkv-bias qk-layernorm use-rotary-position-embeddings no-position-embedding
     sequence-parallel use-distributed-optimizer use-megatron-fsdp use-torch-fsdp2 use-tp-pp-dp-mapping
@@ -19,10 +21,10 @@ BARE = frozenset("""
     overlap-grad-reduce overlap-param-gather overlap-moe-expert-parallel-comm grad-reduce-in-bf16
     accumulate-allreduce-grads-in-fp32 use-precision-aware-optimizer enable-cuda-graph external-cuda-graph
     use-flash-attn use-mcore-models first-last-layers-bf16 fp8-param-gather
-""".split())  # fmt: skip
+"""))  # fmt: skip
 
 # Flags with values that a job has a place for.
-VALUED = frozenset("""
+VALUED = frozenset(words("""
     num-layers hidden-size ffn-hidden-size num-attention-heads num-query-groups kv-channels max-position-embeddings
     position-embedding-type relative-attention-num-buckets normalization vocab-size padded-vocab-size
     make-vocab-size-divisible-by window-size softmax-type mtp-num-layers
@@ -40,7 +42,7 @@ VALUED = frozenset("""
     recompute-num-layers main-grads-dtype main-params-dtype exp-avg-dtype exp-avg-sq-dtype attention-backend
     cuda-graph-impl lr min-lr lr-decay-style lr-warmup-iters lr-decay-iters clip-grad weight-decay adam-beta1 adam-beta2
     hidden-dropout attention-dropout seed nproc-per-node nnodes world-size
-""".split())  # fmt: skip
+"""))  # fmt: skip
 
 _SAVES = "data, logging, checkpoints and evaluation are no part of a step"
 _LAUNCH = "the launcher's; a job has its cluster instead"
@@ -50,7 +52,7 @@ _COMMUNICATION = "how buffers are sent; a job says only what overlaps"
 
 # Known flags without a counterpart in a job, by the reason.
 WITHOUT: dict[str, str] = {
-    **dict.fromkeys("""
+    **dict.fromkeys(words("""
         data-path train-data-path valid-data-path test-data-path data-args-path data-cache-path split mock-data
         tokenizer-type tokenizer-model vocab-file merge-file vocab-extra-ids tiktoken-pattern trust-remote-code
         no-mmap-bin-files num-workers dataloader-type reset-position-ids reset-attention-mask eod-mask-loss
@@ -66,20 +68,20 @@ WITHOUT: dict[str, str] = {
         moe-per-layer-logging eval-iters eval-interval exit-interval exit-duration-in-mins exit-signal-handler profile
         profile-step-start profile-step-end profile-ranks use-pytorch-profiler record-memory-history
         memory-snapshot-path one-logger-project one-logger-run-name no-one-logger one-logger-async
-    """.split(), _SAVES),
-    **dict.fromkeys("""
+    """), _SAVES),
+    **dict.fromkeys(words("""
         node-rank master-addr master-port rdzv-id rdzv-backend rdzv-endpoint local-rank distributed-backend
         distributed-timeout-minutes nodes ntasks-per-node gpus-per-node container-image container-mounts
-    """.split(), _LAUNCH),
-    **dict.fromkeys("""
+    """), _LAUNCH),
+    **dict.fromkeys(words("""
         transformer-impl no-bias-gelu-fusion no-bias-swiglu-fusion no-bias-dropout-fusion no-masked-softmax-fusion
         no-rope-fusion cross-entropy-loss-fusion cross-entropy-fusion-impl no-gradient-accumulation-fusion
         moe-permute-fusion moe-router-fusion moe-use-legacy-grouped-gemm use-fused-weighted-squared-relu
         no-persist-layer-norm use-te-activation-func use-legacy-models moe-deepep-num-sms moe-hybridep-num-sms
         moe-router-padding-for-fp8 deterministic-mode cuda-graph-scope cuda-graph-warmup-steps te-rng-tracker
         apply-query-key-layer-scaling attention-softmax-in-fp32 moe-shared-expert-overlap delay-wgrad-compute
-    """.split(), _FUSED),
-    **dict.fromkeys("""
+    """), _FUSED),
+    **dict.fromkeys(words("""
         init-method-std init-method-xavier-uniform embedding-init-method-std norm-epsilon adam-eps sgd-momentum
         rotary-base rotary-percent rotary-interleaved rotary-scaling-factor rotary-seq-len-interpolation-factor
         use-rope-scaling rope-scaling-factor rope-type mscale mscale-all-dim loss-scale initial-loss-scale
@@ -91,8 +93,8 @@ WITHOUT: dict[str, str] = {
         fp8-margin fp8-interval fp8-amax-history-len fp8-amax-compute-algo no-fp8-wgrad manual-gc manual-gc-interval
         use-cpu-initialization rerun-mode
         relative-attention-max-distance activation-func-clamp-value glu-linear-offset apply-layernorm-1p
-    """.split(), _NUMERICS),
-    **dict.fromkeys("""
+    """), _NUMERICS),
+    **dict.fromkeys(words("""
         no-overlap-p2p-communication overlap-p2p-communication-warmup-flush no-align-grad-reduce no-align-param-gather
         ddp-num-buckets ddp-bucket-size ddp-average-in-collective ddp-pad-buckets-for-high-nccl-busbw
         ddp-reduce-scatter-with-fp32-accumulation overlap-param-gather-with-optimizer-step use-nccl-ub use-sharp
@@ -103,24 +105,25 @@ WITHOUT: dict[str, str] = {
         microbatch-group-size-per-virtual-pipeline-stage suggested-communication-unit-size
         init-model-with-meta-device keep-fp8-transpose-cache
         no-gradient-reduce-div-fusion torch-fsdp2-no-reshard-after-forward
-    """.split(), _COMMUNICATION),
-    **dict.fromkeys("""
+    """), _COMMUNICATION),
+    **dict.fromkeys(words("""
         cpu-offloading-num-layers optimizer-cpu-offload optimizer-offload-fraction overlap-cpu-optimizer-d2h-h2d
         use-torch-optimizer-for-cpu-offload
-    """.split(), "optimizer states and layers in host memory are not forecast"),
-    **dict.fromkeys("rampup-batch-size decrease-batch-size-if-needed".split(), "a job is one step of one batch size"),
+    """), "optimizer states and layers in host memory are not forecast"),
+    **dict.fromkeys(["rampup-batch-size", "decrease-batch-size-if-needed"], "a job is one step of one batch size"),
     **dict.fromkeys(["fine-grained-activation-offloading", "offload-modules"],
                     "offloaded modules have other names than a job's; write training.remat.offload"),
 }  # fmt: skip
 
 # Flags of Megatron-LM that would make another model than the one read.
-OTHER_MODEL = frozenset("""
+OTHER_MODEL = frozenset(words("""
     encoder-num-layers decoder-num-layers encoder-seq-length decoder-seq-length quick-geglu window-attn-skip-freq
     no-rope-freq mrope-section is-hybrid-model hybrid-attention-ratio hybrid-mlp-ratio hybrid-override-pattern
-    heterogeneous-layers-config-path heterogeneous-layers-config-encoded-json spec apply-residual-connection-post-layernorm
+    heterogeneous-layers-config-path heterogeneous-layers-config-encoded-json spec
+    apply-residual-connection-post-layernorm
     qk-l2-norm retro-add-retriever openai-gelu yaml-cfg account-for-embedding-in-pipeline-split
     account-for-loss-in-pipeline-split
-""".split())  # fmt: skip
+"""))  # fmt: skip
 
 KNOWN = BARE | VALUED | OTHER_MODEL | set(WITHOUT)
 

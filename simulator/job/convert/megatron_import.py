@@ -188,7 +188,9 @@ def _learning(s: Settings, moe: bool) -> dict[str, Any]:
         elif decay in ("cosine", "linear"):
             rate["schedule"] = "constant"
             s.data.setdefault("lr-decay-style", decay)
-            s.leave("lr-decay-style", "a job has constant, rsqrt, and cosine with its number of steps; read as constant")
+            s.leave(
+                "lr-decay-style", "a job has constant, rsqrt, and cosine with its number of steps; read as constant"
+            )
         learning["learning_rate"] = rate
     if moe:
         learning["router"] = _router(s)
@@ -265,5 +267,3 @@ def _software(s: Settings) -> dict[str, Any]:
     elif s.given("cuda-graph-impl"):
         software["graphs"] = False
     return software
-
-

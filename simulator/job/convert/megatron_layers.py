@@ -9,7 +9,6 @@ from simulator.job.convert.settings import Settings
 from simulator.job.rules import MOST_LAYERS
 
 
-
 def expand_pattern(text: str) -> list[int] | None:
     """`([0]*3+[1]*58)` as ones and zeros; None where it is no such pattern, or longer than any model."""
     text = text.replace(" ", "")
@@ -94,7 +93,9 @@ def stages(s: Settings, layers: int, pipeline: int) -> dict[str, Any]:
         text = str(layout).replace(",", "")
         parts = _parts(text)
         if parts % pipeline:
-            s.refuse("pipeline-model-parallel-layout", f"has {parts} stages; not a multiple of the pipeline's {pipeline}")
+            s.refuse(
+                "pipeline-model-parallel-layout", f"has {parts} stages; not a multiple of the pipeline's {pipeline}"
+            )
         return _virtual(parts // pipeline) | {"stages": text}
     if per_stage is not None:
         if layers % (pipeline * per_stage):

@@ -40,10 +40,10 @@ def read_mapping(data: dict[str, Any], where: str) -> Settings:
     found: dict[str, Any] = {}
     for key, value in data.items():
         inner = value if key in SECTIONS and isinstance(value, dict) else {key: value}
-        for name, given in inner.items():
-            flag = str(name).lstrip("-").replace("_", "-")
+        for name, raw in inner.items():
+            flag, given = str(name).lstrip("-").replace("_", "-"), raw
             if flag in OPPOSITE and isinstance(given, bool):
-                flag, given = OPPOSITE[flag], not given
+                flag, given = OPPOSITE[flag], not raw
             if flag in found and found[flag] != given:
                 raise QuestionError(f"{where}: {name} = {given}: given twice, before as {found[flag]}")
             found[flag] = given

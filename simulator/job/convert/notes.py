@@ -45,7 +45,7 @@ def put(data: dict[str, Any], path: str, value: Any) -> None:
 
 
 def differences(one: Any, other: Any, path: str = "") -> dict[str, tuple[Any, Any]]:
-    """Paths at which two nested mappings differ, with both values; lists, and mappings of free keys, are compared whole."""
+    """Paths at which two nested mappings differ, with both values; lists and free keys are compared whole."""
     if isinstance(one, dict) and isinstance(other, dict) and path.rpartition(".")[2] not in ("cluster", "variants"):
         found: dict[str, tuple[Any, Any]] = {}
         for key in {**one, **other}:

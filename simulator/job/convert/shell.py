@@ -81,7 +81,9 @@ def tokens(text: str, where: str) -> list[tuple[int, str]]:
             words = shlex.split(variables[name]) if variables[name].lstrip().startswith("--") else []
         for word in words:
             filled = _fill(word, variables)
-            out.append((number, filled))
+            # A variable that holds flags is many words, as the shell makes them.
+            many = filled.split() if filled != word and filled.lstrip().startswith("--") else [filled]
+            out += [(number, one) for one in many]
         if len(out) > MOST_TOKENS:
             raise QuestionError(f"{where}: more than {MOST_TOKENS:,} words")
     return out
@@ -96,7 +98,8 @@ def _opens_array(word: str) -> str:
 def read_flags(text: str, where: str) -> list[Flag]:
     """The flags of `text` in order; QuestionError where quotation marks do not match."""
     out: list[Flag] = []
-    name, values, at = "", [], 0
+    values: list[str] = []
+    name, at = "", 0
     for line, raw in [*tokens(text, where), (0, "--")]:
         word = _opens_array(raw)
         if re.match(r"--[A-Za-z]", word) or raw == "--":

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from simulator.job.convert.refusal import cannot
-from simulator.job.convert.torchtitan_import import P, SCHEDULES, split
+from simulator.job.convert.torchtitan_import import SCHEDULES, P, split
 from simulator.job.convert.torchtitan_read import MODELS
 from simulator.job.job import Job
 from simulator.job.presets import load_preset

@@ -28,7 +28,9 @@ def torchtitan_job(s: Settings, devices: int) -> dict[str, Any]:
     if pair not in MODELS:
         known = [f"{n} {f}" for n, f in MODELS]
         s.data.setdefault("model.flavor", pair[1])
-        s.refuse("model.flavor", f"of {pair[0]} is no preset; known: {', '.join(known)}{nearest(' '.join(pair), known)}")
+        s.refuse(
+            "model.flavor", f"of {pair[0]} is no preset; known: {', '.join(known)}{nearest(' '.join(pair), known)}"
+        )
     model = load_preset(MODELS[pair]).model_dump(mode="json")
     moe = model["decoder"].get("moe") is not None
     plan, data = _plan(s, devices, model["decoder"]["layers"], moe)
@@ -45,7 +47,9 @@ def torchtitan_job(s: Settings, devices: int) -> dict[str, Any]:
             s.refuse(P + "pipeline_parallel_microbatch_size", f"must divide local_batch_size {local}")
         plan["microbatch_sequences"] = micro
         if sequences > local * data:
-            s.leave("training.global_batch_size", "the pipeline drains after each local batch; a job fills it once a step")
+            s.leave(
+                "training.global_batch_size", "the pipeline drains after each local batch; a job fills it once a step"
+            )
     training = _training(s, moe)
     if moe and s.choice(P + "expert_parallel_comm_backend", ("standard", "deepep"), "standard") == "deepep":
         training["dispatch"] = {"transport": "deepep"}
@@ -101,7 +105,9 @@ def _plan(s: Settings, devices: int, layers: int, moe: bool) -> tuple[dict[str, 
         plan["schedule"] = SCHEDULES[schedule]
         if (virtual > 1) != (schedule == "Interleaved1F1B"):
             s.data.setdefault(P + "pipeline_parallel_schedule", schedule)
-            s.refuse(P + "pipeline_parallel_schedule", f"has {virtual} stages a rank; Interleaved1F1B alone has several")
+            s.refuse(
+                P + "pipeline_parallel_schedule", f"has {virtual} stages a rank; Interleaved1F1B alone has several"
+            )
         plan |= {"virtual_stages": virtual} if virtual > 1 else {}
         plan["stages"] = split(layers, pipeline * virtual, *ends)
         if min(plan["stages"]) < 0:
@@ -121,7 +127,9 @@ def _training(s: Settings, moe: bool) -> dict[str, Any]:
         if converter in ("float8", "quantize.linear.float8", "quantize.dense.float8"):
             training["precision"] = "fp8-tensorwise"
             if recipe not in (None, "tensorwise"):
-                s.leave("quantize.linear.float8.recipe_name", "a job's FP8 is tensorwise or blockwise; read as tensorwise")
+                s.leave(
+                    "quantize.linear.float8.recipe_name", "a job's FP8 is tensorwise or blockwise; read as tensorwise"
+                )
         elif converter in ("mx", "quantize.linear.mx"):
             training["precision"] = "mxfp8"
         elif converter not in ("quantize.grouped_mm.float8", "quantize.grouped_mm.mx"):
@@ -142,15 +150,22 @@ def _training(s: Settings, moe: bool) -> dict[str, Any]:
     steps, warm = s.needed("training.steps", 10_000), s.needed("lr_scheduler.warmup_steps", 200, 0)
     decay = s.choice("lr_scheduler.decay_type", ("linear", "sqrt", "cosine"), "linear")
     ratio, least = s.number("lr_scheduler.decay_ratio", None, 0), s.number("lr_scheduler.min_lr_factor", 0.0, 0)
-    rate: dict[str, Any] = {"peak": s.number("optimizer.lr", 8e-4), "schedule": "constant", "warmup_steps": max(1, warm)}
+    rate: dict[str, Any] = {
+        "peak": s.number("optimizer.lr", 8e-4),
+        "schedule": "constant",
+        "warmup_steps": max(1, warm),
+    }
     if decay == "cosine" and ratio is None and steps > max(1, warm):
         rate |= {"schedule": "cosine", "decay_steps": steps, "final": least}
     elif ratio is None or ratio > 0:
         s.data.setdefault("lr_scheduler.decay_type", decay)
-        s.leave("lr_scheduler.decay_type", "a job has constant, rsqrt, and cosine from the warm-up on; read as constant")
+        s.leave(
+            "lr_scheduler.decay_type", "a job has constant, rsqrt, and cosine from the warm-up on; read as constant"
+        )
     learning: dict[str, Any] = {
         "learning_rate": rate, "beta1": s.number("optimizer.beta1", 0.9), "beta2": s.number("optimizer.beta2", 0.95),
-        "weight_decay": s.number("optimizer.weight_decay", 0.1), "clip_norm": s.number("training.max_norm", 1.0) or None,
+        "weight_decay": s.number("optimizer.weight_decay", 0.1),
+        "clip_norm": s.number("training.max_norm", 1.0) or None,
         "seed": s.count("debug.seed", 0, 0) or 0,
     }  # fmt: skip
     if moe:

@@ -11,6 +11,7 @@ from typing import Any
 
 from hw_profiles.errors import QuestionError
 from simulator.job.convert.settings import Settings
+from simulator.job.convert.words import words
 
 SOURCE = "torchtitan torchtitan/config/job_config.py (last with [debug] and [quantize])"
 # Name and flavour, preset: those whose every dimension is the preset's (torchtitan/models/*/__init__.py).
@@ -26,21 +27,21 @@ EARLIER = {
 }  # fmt: skip
 _P = "parallelism."
 READ = frozenset(
-    [_P + n for n in """
+    [_P + n for n in words("""
         data_parallel_replicate_degree data_parallel_shard_degree fsdp_reshard_after_forward tensor_parallel_degree
         pipeline_parallel_degree pipeline_parallel_schedule pipeline_parallel_layers_per_stage
         pipeline_parallel_first_stage_less_layers pipeline_parallel_last_stage_less_layers
         pipeline_parallel_microbatch_size context_parallel_degree expert_parallel_degree expert_tensor_parallel_degree
         expert_parallel_comm_backend
-    """.split()]
-    + """
+    """)]
+    + words("""
         model.name model.flavor model.converters optimizer.name optimizer.lr optimizer.beta1 optimizer.beta2
         optimizer.weight_decay lr_scheduler.warmup_steps lr_scheduler.decay_ratio lr_scheduler.decay_type
         lr_scheduler.min_lr_factor training.local_batch_size training.global_batch_size training.seq_len
         training.max_norm training.steps training.dtype training.mixed_precision_param activation_checkpoint.mode
         activation_checkpoint.selective_ac_option quantize.linear.float8.recipe_name debug.moe_force_load_balance
         debug.seed
-    """.split()
+    """)
 )  # fmt: skip
 # Whole sections, and single settings, without a counterpart in a job.
 SECTIONS = {
