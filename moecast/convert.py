@@ -128,7 +128,9 @@ def _show(found: Imported | None, made: Exported | None, text: str, output: Path
         console.print(f"{len(found.read)} settings of {found.form} read", highlight=False)
         if found.kept:
             console.print(f"{len(found.kept)} fields from the notes of an earlier export", highlight=False)
-        _group("taken from the trainer's defaults", [(d.name, d.value, d.source) for d in found.defaults], console)
+        # Defaults that say "nothing" are left to --json.
+        told = [(d.name, d.value, d.source) for d in found.defaults if d.value not in (None, False, "", 0, -1)]
+        _group(f"taken from the trainer's defaults, {len(found.defaults)} in all (--json), of these", told, console)
         _group("without a place in a job", [(x.name, x.value, x.why) for x in found.left], console)
         _group("not understood", [(x.name, x.value, x.why) for x in found.unknown], console)
     if made is not None:
