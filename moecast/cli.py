@@ -18,7 +18,7 @@ import typer
 from typer.core import TyperGroup
 
 from hw_profiles.errors import QuestionError, WorkFailed
-from moecast import calibrate, compare, importing, measure, plan, programs, size, train, validate, whatif
+from moecast import calibrate, compare, convert, importing, measure, plan, programs, size, train, validate, whatif
 from moecast.progress import FAILED, INTERRUPTED, NO, busy
 
 if TYPE_CHECKING:
@@ -320,6 +320,7 @@ def schema(as_json: Json = True) -> None:
     _print_json(job_schema())
 
 
+convert.register(app)
 importing.register(app)
 programs.register(app)
 plan.register(app)

@@ -136,8 +136,9 @@ def test_every_command_is_listed_and_tried_here_or_in_tests_of_the_trainer(call:
     code, out, _ = call("--help")
     assert code == 0
     listed = re.findall(r"^  ([a-z-]+)  ", out.partition("Commands:")[2], re.MULTILINE)
-    others = ["import", "compile", "report", "scale", "plan", "train", "measure", "bench", "calibrate", "validate"]
-    assert listed == [*COMMANDS[:-2], *others]
+    runs = ["train", "measure", "bench", "calibrate", "validate"]
+    plans = ["plan", "compare", "whatif", "sensitivity", "size"]
+    assert listed == [*COMMANDS[:-2], "convert", "import", "compile", "report", "scale", *plans, *runs]
     assert call()[0] in (0, 2)
     code, out, _ = call("--version")
     assert code == 0 and re.fullmatch(r"moecast \d+\.\d+\.\d+\S*\n", out)
