@@ -346,7 +346,13 @@ def test_a_wrong_profile_is_refused_by_file_and_field(case: str, folder: Path, r
 
 def test_a_profile_of_another_kind_is_refused(refused: Refused) -> None:
     tpu = str(ROOT / "hw_profiles" / "chips" / "tpu-v3.yaml")
-    refused("cluster.nodes = 8: tpu-v3 is a TPU; its keys are slice, slices", "forecast", "job.yaml", "--profile", tpu)
+    refused(
+        "cluster.nodes = 8: tpu-v3 is a TPU; its keys are curves, slice, slices",
+        "forecast",
+        "job.yaml",
+        "--profile",
+        tpu,
+    )
 
 
 @pytest.mark.parametrize(
