@@ -30,7 +30,7 @@ def before_and_after(before: ValidationResult, after: ValidationResult) -> str:
         return ""
     names = sorted(groups, key=lambda n: -_weight(groups[n]))[:MOST_OPS]
     fig = draw.figure(len(names), "median absolute error", tickformat=".0%")
-    fig.update_layout(barmode="group", showlegend=True, height=34 * len(names) + 90)
+    fig.update_layout(barmode="group", height=34 * len(names) + 90)
     for side, what, colour in ((0, "as shipped", draw.GREY), (1, "calibrated", draw.BLUE)):
         errors = [float(np.median([abs(pair[side].error) for pair in groups[n]])) for n in names]
         hover = [f"{draw.label(n)}, {what}: {e:.1%} of {len(groups[n])}" for n, e in zip(names, errors, strict=True)]
