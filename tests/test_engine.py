@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_setups import chunk, most_kept, run, setup, story
 
+from engine_setups import chunk, most_kept, run, setup, story
 from hw_profiles.errors import QuestionError
 from simulator.analysis.event_options import EventOptions
 from simulator.analysis.forecast import forecast

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from coflows import coflow, part
 from hypothesis import given
 from hypothesis import strategies as st
-from reference_flows import max_min
 
+from coflows import coflow, part
 from hw_profiles.errors import QuestionError
+from reference_flows import max_min
 from simulator.network.coflow import Part
 from simulator.network.fairness import fair_rates
 from simulator.network.fluid import Fluid

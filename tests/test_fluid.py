@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from coflows import GB, coflow, part, random_case, story
 from hypothesis import given
 from hypothesis import strategies as st
-from reference_flows import switch
 
+from coflows import GB, coflow, part, random_case, story
 from hw_profiles.errors import QuestionError
+from reference_flows import switch
 from simulator.network import fluid as fluid_module
 from simulator.network.flight import TICKS_PER_S, ticks
 from simulator.network.fluid import Fluid

@@ -5,15 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from engine_setups import chunk, run, setup
-from test_engine import BASE, PLANS
 
+from engine_setups import chunk, run, setup
 from simulator.analysis.event_options import EventOptions
 from simulator.analysis.forecast import forecast
 from simulator.engine.work import DeviceWork
 from simulator.job.load import load_job
 from simulator.results.forecast import Forecast
 from simulator.results.timeline import KINDS
+from test_engine import BASE, PLANS
 
 
 def alone(kernels: float, compute_s: float, launch_s: float, microbatches: int = 1) -> float:

@@ -12,9 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from engine_setups import chunk, run, setup
-from test_reports import EVIL, dense, giant, own_html, printed
 
+from engine_setups import chunk, run, setup
 from reports import timeline as figures
 from simulator.analysis.critical_path import HOP, critical_path
 from simulator.analysis.forecast import forecast
@@ -26,6 +25,7 @@ from simulator.results.forecast import Events, Forecast
 from simulator.results.links import LinkUse
 from simulator.results.timeline import KINDS, Timeline
 from simulator.workload.orders import model_stage
+from test_reports import EVIL, dense, giant, own_html, printed
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SCHEDULES = [("gpipe", 1), ("1f1b", 1), ("interleaved", 2), ("zb-h1", 1), ("dualpipe", 1)]

@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from trainer_jobs import DECODER, merged
-from trainer_runs import make_trainer
 
 from trainer import dispatch, routing
 from trainer.moe import moe_layer
 from trainer.parameters import initial_values
 from trainer.setting import Noise
+from trainer_jobs import DECODER, merged
+from trainer_runs import make_trainer
 
 G, N, D, F, E, K = 2, 24, 8, 12, 6, 2
 DRAW = np.random.default_rng(0)

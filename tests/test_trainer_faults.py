@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from runs import LIMIT_S, finish, free_port, losses, start, train, wait_for_steps, write_tiny
 
 STEPS = 40

@@ -8,8 +8,6 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from trainer_jobs import CASES, DECODER, LSTM, merged, plan
-from trainer_runs import make_trainer
 
 from hw_profiles.errors import QuestionError
 from hw_profiles.loader import resolve_cluster
@@ -17,6 +15,8 @@ from simulator.job.load import load_job
 from simulator.job.rules import resolve
 from trainer.mesh import make_axes
 from trainer.refuse import check_runnable
+from trainer_jobs import CASES, DECODER, LSTM, merged, plan
+from trainer_runs import make_trainer
 
 SUITE = {name: "mesh-decoder" if name == "decoder" else "mesh-others" for name in CASES}
 PLANS = [(case, variant) for case, (_, variants) in CASES.items() for variant in variants]

@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from trainer_jobs import DECODER, LATENT, LSTM, SWITCH, merged
-from trainer_runs import make_trainer, start
 
 from trainer.attention import relative_bucket
 from trainer.model import forward, segments
+from trainer_jobs import DECODER, LATENT, LSTM, SWITCH, merged
+from trainer_runs import make_trainer, start
 
 S = 16
 ONE: dict[str, Any] = {"model": {"decoder": {"layers": 1}}, "batch": {"sequences": 1, "length": S}}

@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from trainer_jobs import LATENT, merged
-from trainer_runs import make_batch, make_trainer, named, start
 
 from simulator.job.learning import Learning, LearningRate
 from trainer.optimizer import adafactor_parts, frozen_parts, per_matrix, schedule_of
 from trainer.parameters import Parameter
 from trainer.step import State
+from trainer_jobs import LATENT, merged
+from trainer_runs import make_batch, make_trainer, named, start
 
 DRAW = np.random.default_rng(0)
 

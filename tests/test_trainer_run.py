@@ -14,11 +14,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from runs import TINY, train, write_tiny
 
 from hw_profiles.errors import QuestionError, WorkFailed
 from hw_profiles.loader import resolve_cluster
 from moecast import cli
+from runs import TINY, train, write_tiny
 from simulator.analysis.forecast import forecast
 from simulator.engine.loads import moe_layers
 from simulator.job.job import Job

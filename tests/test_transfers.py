@@ -7,8 +7,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import simpy
-from coflows import GB, coflow, part, random_case, story
 
+from coflows import GB, coflow, part, random_case, story
 from simulator.network.coflow import Coflow
 from simulator.network.fluid import Fluid
 from simulator.network.transfers import FluidProcess

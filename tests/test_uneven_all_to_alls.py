@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from coflows import GB, coflow, part, story
 
+from coflows import GB, coflow, part, story
 from hw_profiles.loader import resolve_cluster
 from simulator.analysis.event_options import EventOptions
 from simulator.analysis.forecast import forecast

@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import jaxprs_in_params
-from trainer_jobs import DECODER, merged, plan
-from trainer_runs import Mapping, difference, make_batch, make_trainer, named, start
 
 from trainer.hlo import read_program
+from trainer_jobs import DECODER, merged, plan
+from trainer_runs import Mapping, difference, make_batch, make_trainer, named, start
 
 
 def equations(jaxpr: Any) -> Iterator[Any]:

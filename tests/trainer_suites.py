@@ -30,6 +30,7 @@ def set_up() -> None:
 def mesh_case(name: str) -> Mapping:
     """How far each plan's step is from that of one device: the largest differences and what has them."""
     import numpy as np
+
     from trainer_jobs import CASES, merged
     from trainer_runs import difference, named, one_step
 
@@ -92,6 +93,7 @@ def steps_case(base: Mapping, change: Mapping) -> Mapping:
     """How far two steps and an evaluation under a plan are from those of one device."""
     import jax
     import numpy as np
+
     from trainer_jobs import merged
     from trainer_runs import difference, named, one_step, two_steps
 
