@@ -117,13 +117,13 @@ def _small_ones(y: Array) -> Array:
 def _collective(timer: Timer, kind: str, size: int, stride: int, bytes_: int) -> Measurement:
     """Bytes are nccl-tests' size (docs/job.md)."""
     elements = max(size, bytes_ // 4 // size * size)
-    seconds = timer.seconds(_body(kind, size), timer.ones((elements,), jnp.float32))
+    seconds = timer.seconds(collective_body(kind, size), timer.ones((elements,), jnp.float32))
     key = f"{kind}.{size}x{stride}.{bytes_}"
     more = {"dtype": "fp32", "bytes": elements * 4.0, "group_size": size, "stride": stride}
     return timer.row("collective", kind, seconds, key, **more)
 
 
-def _body(kind: str, size: int) -> Body:
+def collective_body(kind: str, size: int) -> Body:
     """From an array of S bytes to one of S bytes, by a collective whose nccl-tests size is S; ones stay ones."""
 
     def gather(x: Array) -> Array:

@@ -72,29 +72,51 @@ def measure(
     `folder` is the job's; `part` goes into the rows' ids, to tell repeated measurements apart. QuestionError for a job
     the trainer cannot run, WorkFailed where a step fails or its trace cannot be matched with the program.
     """
-    cluster = resolve_cluster(job.cluster)
-    trainer = Trainer.of(job, resolve(job, cluster), devices)
-    placer = Placer(job, folder, trainer)
+    ready = Ready(job, folder, devices, say)
     try:
-        say("compiling")
-        lowered = trainer.step.lower(trainer.state_shapes(), placer.shapes)
-        compiled, report = compile_lowered(lowered, trainer.platform)
-        program = read_program(compiled, trainer.platform, report)
-        run = _Steps(trainer, placer, compiled)
-        say("warming up")
-        run.some(WARM_UP)
-        say("timing steps")
-        seconds = run.some(steps)
-        say("tracing steps")
-        executions = _traced(run, traced, job.name) if traced else ()
+        return ready.measured(steps=steps, traced=traced, part=part)
     finally:
-        placer.close()
-    maker = _Rows(job, cluster.chip.name, len(devices), part)
-    rows = [maker.step(seconds), *maker.memory(program)]
-    if executions:
-        index = Program(parse_module(compiled.as_text()), program.collectives)
-        rows += _trace_rows(maker, executions, index, program, job.name)
-    return Measured(tuple(rows), tuple(run.seen))
+        ready.close()
+
+
+class Ready:
+    """A job compiled and placed, to be measured once or, as the network around it changes, again and again."""
+
+    def __init__(self, job: Job, folder: Path, devices: Sequence[Any], say: Say = lambda _: None) -> None:
+        self.say, self.devices = say, len(devices)
+        trainer = Trainer.of(job, resolve(job, resolve_cluster(job.cluster)), devices)
+        self._placer = Placer(job, folder, trainer)
+        try:
+            say("compiling")
+            lowered = trainer.step.lower(trainer.state_shapes(), self._placer.shapes)
+            compiled, report = compile_lowered(lowered, trainer.platform)
+            self._program = read_program(compiled, trainer.platform, report)
+            self._index = Program(parse_module(compiled.as_text()), self._program.collectives)
+            self._run = _Steps(trainer, self._placer, compiled)
+        except BaseException:
+            self.close()
+            raise
+
+    def measured(self, *, steps: int, traced: int, part: str = "", job: Job | None = None) -> Measured:
+        """What `measure` gives; `job` is this one on a cluster of the same devices with other links."""
+        run = self._run
+        job = job or run.trainer.job
+        self.say("warming up")
+        run.some(1 if run.done else WARM_UP)
+        self.say("timing steps")
+        before = len(run.seen)
+        seconds = run.some(steps)
+        self.say("tracing steps")
+        executions = _traced(run, traced, job.name) if traced else ()
+        maker = _Rows(job, resolve_cluster(job.cluster).chip.name, self.devices, part)
+        rows = [maker.step(seconds), *maker.memory(self._program)]
+        if executions:
+            rows += _trace_rows(maker, executions, self._index, self._program, job.name)
+        return Measured(tuple(rows), tuple(run.seen[before:]))
+
+    def close(self) -> None:
+        """End what reads batches ahead."""
+        self._placer.close()
 
 
 class _Steps:
@@ -140,11 +162,25 @@ def _traced(run: _Steps, count: int, name: str) -> tuple[Execution, ...]:
         finally:
             jax.profiler.stop_trace()
         found = read_trace(trace_file(Path(folder)), "jit__step")[1:]
+    if jax.process_count() > 1:
+        found = tuple(_renamed(one) for one in found)
     if len(found) != count:
         raise WorkFailed(f"{name}: the trace has {len(found) + 1} steps where {count + 1} ran")
     for one in found:
         check_clocks(one, name)
     return found
+
+
+def _renamed(one: Execution) -> Execution:
+    """An execution with its devices by their place in the whole run, as the program numbers them.
+
+    Traces have JAX's ids on CPUs, which leave gaps between processes (0, 2048, ...), and each process's own count from
+    0 elsewhere.
+    """
+    place = {d.id: i for i, d in enumerate(jax.devices())}
+    here = [d.id for d in jax.local_devices()]
+    ids = {d: d if jax.default_backend() == "cpu" else here[d] for d in one.devices}
+    return Execution(one.run, {place[ids[d]]: events for d, events in one.devices.items()})
 
 
 def _trace_rows(

@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from simulator.results.measurement import Measurement
 from trainer.measure import software, today
+from trainer.processes import agree
 
 Array = Any
 Say = Callable[[str], None]
@@ -61,7 +62,8 @@ class Timer:
         few = self.program(body, 4)
         jax.block_until_ready(few(x))
         each = min(timed(few, x) for _ in range(3)) / 4
-        repeats = int(np.clip(self.budget_s / self.samples / max(each, 1e-7), 4, MOST_REPEATS))
+        # Processes that repeat a collective unequally often would wait for each other for ever.
+        repeats = agree(int(np.clip(self.budget_s / self.samples / max(each, 1e-7), 4, MOST_REPEATS)))
         many = self.program(body, repeats)
         jax.block_until_ready(many(x))
         return [timed(many, x) / repeats for _ in range(self.samples)]
