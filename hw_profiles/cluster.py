@@ -15,11 +15,12 @@ from hw_profiles.schema import Chip
 class Protocols:
     """How a library runs one collective: (start, step) in seconds and share of the rate per protocol; own share's cost.
 
-    The last protocol is that of large messages.
+    The last protocol is that of large messages. `passes` are the bytes it sends over those of the algorithm assumed.
     """
 
     lines: tuple[tuple[float, float, float], ...]
     own: float
+    passes: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +30,8 @@ class Level:
     `latency_s` is one step of a collective algorithm over this level as the framework sees it. Efficiencies are the
     achieved fraction of `bytes_per_s`; `in_switch_efficiency` is 0 where the switch does not add. Between domains
     `bytes_per_s` is the card's, and `oversubscription` is the rate of the cards below a leaf over what leads up from
-    it. `ring` (all-gather and reduce-scatter), `all_reduce`, `in_switch`, `all_to_all` hold what was measured beyond
-    latency and efficiency.
+    it. `ring` (all-gather, and reduce-scatter without an entry of its own), `reduce_scatter`, `all_reduce`,
+    `in_switch`, `all_to_all` hold what was measured beyond latency and efficiency.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Level:
     in_switch_efficiency: float = 0.0
     oversubscription: float = 1.0
     ring: Protocols | None = None
+    reduce_scatter: Protocols | None = None
     all_reduce: Protocols | None = None
     in_switch: Protocols | None = None
     all_to_all: Protocols | None = None

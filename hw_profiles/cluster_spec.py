@@ -42,14 +42,14 @@ class ClusterSpec(Record):
     curves: Literal["shipped", "compiler"] | None = Field(
         None, description="TPU: efficiencies of the chip's file, or what the TPU compiler expects; default shipped"
     )
-    nodes: Count | None = Field(None, description="GPU: number of nodes")
+    nodes: Count | None = Field(None, description="GPU: number of nodes; cpu-host: hosts on Ethernet, default 1")
     chips_per_node: Count | None = Field(None, description="GPU: devices used in each node; default all")
     racks: Count | None = Field(None, description="NVL72: number of racks")
     devices_per_domain: Count | None = Field(None, description="NVL72: devices used in each rack; default all")
     oversubscription: Annotated[float, Field(ge=1, le=1000, allow_inf_nan=False)] | None = Field(
         None, description="GPU: cards below a leaf switch over what leads up from it; default 1"
     )
-    devices: Count | None = Field(None, description="cpu-host: JAX devices")
+    devices: Count | None = Field(None, description="cpu-host: JAX devices of all hosts")
 
     @property
     def chip_name(self) -> str:
@@ -73,7 +73,7 @@ def check_keys(spec: ClusterSpec, chip: Chip) -> None:
     if chip.kind == "tpu":
         what, needed, allowed = "a TPU", "slice", {"slice", "slices", "curves"}
     elif chip.kind == "cpu":
-        what, needed, allowed = "a CPU host", "devices", {"devices"}
+        what, needed, allowed = "a CPU host", "devices", {"devices", "nodes"}
     elif is_rack_scale(chip):
         what, needed, allowed = "a rack-scale GPU", "racks", {"racks", "devices_per_domain", "oversubscription"}
     else:

@@ -24,7 +24,7 @@ _ALIASES = re.compile(r"^aliases: \[([^\]]*)\]", re.MULTILINE)
 # In the units of the profiles; beyond these limits a forecast would not be a finite number.
 _LEAST, _MOST = 1e-6, 1e9
 _SCALE_UP_NAMES = {"nvswitch": "NVLink", "cube_mesh": "NVLink", "full_mesh": "xGMI", "pcie": "PCIe"}
-_SCALE_OUT_NAMES = {"infiniband": "InfiniBand", "ethernet": "Ethernet", "dcn": "data-centre network"}
+SCALE_OUT_NAMES = {"infiniband": "InfiniBand", "ethernet": "Ethernet", "dcn": "data-centre network"}
 
 
 class Preset(Record):
@@ -156,13 +156,7 @@ def resolve_cluster(
     if chip.kind == "tpu":
         return _tpu(parsed, chip, find_slice(profile_name, parsed.slice or ""), name, description)
     if chip.kind == "cpu":
-        assert parsed.devices is not None
-        text = description or f"{parsed.devices} devices in the memory of one host"
-        chip = at_work(chip, parsed.devices)
-        level = _scale_up(chip, "host memory", parsed.devices)
-        return Cluster(
-            name or f"{chip.name}-{parsed.devices}", text, chip, parsed.devices, parsed.devices, None, 1, (level,)
-        )
+        return _cpu(parsed, chip, name, description)
     return _gpu(parsed, chip, name, description)
 
 
@@ -193,7 +187,7 @@ def _protocols(network: ScaleUp | ScaleOut) -> dict[str, Any]:
     """What was measured of each collective, its latencies in seconds."""
     unit = network.latency_us.value * 1e-6
     return {
-        name: Protocols(tuple((p.start * unit, p.step * unit, p.share) for p in fit.protocols), fit.own)
+        name: Protocols(tuple((p.start * unit, p.step * unit, p.share) for p in fit.protocols), fit.own, fit.passes)
         for name, fit in network.collectives.items()
     }
 
@@ -217,7 +211,7 @@ def _scale_out(chip: Chip, devices: int, oversubscription: float, unit: str) -> 
     if out is None:
         raise QuestionError(f"cluster.{unit}: {chip.name} has no scale_out network, so there can be only one")
     return Level(
-        name=_SCALE_OUT_NAMES[out.kind],
+        name=SCALE_OUT_NAMES[out.kind],
         devices=devices,
         bytes_per_s=out.nic_gb_per_s.value * 1e9 / chip.devices_per_chip,
         latency_s=out.latency_us.value * 1e-6,
@@ -248,6 +242,36 @@ def _tpu(spec: ClusterSpec, chip: Chip, shape: Slice, name: str, description: st
     )
     default_name = shape.name if slices == 1 else f"{slices}x{shape.name}"
     return Cluster(name or default_name, description or text, chip, devices, chips, torus, slices, levels)
+
+
+def _cpu(spec: ClusterSpec, chip: Chip, name: str, description: str) -> Cluster:
+    """Devices in the memory of one host, or of several that an Ethernet joins, with one card a host."""
+    devices, hosts = spec.devices, spec.nodes or 1
+    assert devices is not None
+    if devices % hosts:
+        raise QuestionError(f"cluster.nodes = {hosts}: must divide the {devices} devices")
+    local = devices // hosts
+    chip = at_work(chip, local)
+    levels = []
+    if local > 1 or hosts == 1:
+        levels.append(_scale_up(chip, "host memory", local))
+    if hosts > 1:
+        chip = _sharing_card(chip, local)
+        levels.append(_scale_out(chip, devices, 1.0, "nodes"))
+    text = f"{devices} devices in the memory of one host"
+    if hosts > 1:
+        text = f"{hosts} hosts of {local} {chip.name}, joined by Ethernet"
+    full_name = name or f"{chip.name}-{devices}"
+    return Cluster(full_name, description or text, chip, devices, devices, None, 1, tuple(levels))
+
+
+def _sharing_card(chip: Chip, devices: int) -> Chip:
+    """`chip` as one of `devices` on a host's network card, each with its part of the card's rate."""
+    out = chip.scale_out
+    if out is None:
+        return chip
+    nic = out.nic_gb_per_s.model_copy(update={"value": out.nic_gb_per_s.value / devices})
+    return chip.model_copy(update={"scale_out": out.model_copy(update={"nic_gb_per_s": nic})})
 
 
 def _gpu(spec: ClusterSpec, chip: Chip, name: str, description: str) -> Cluster:

@@ -153,11 +153,13 @@ class Regimes(Record):
     """The protocols that a library chooses from, smallest messages first; a message takes the fastest.
 
     The last has share 1, the network's efficiency. `own` is the time of a byte that stays on the device over that of a
-    byte on the wire, for groups in one domain. `residuals` are quantiles of measured/modelled time, fitted rows.
+    byte on the wire, for groups in one domain. `passes` are the bytes that the library sends over those of the
+    simulator's algorithm. `residuals` are quantiles of measured/modelled time, fitted rows.
     """
 
     protocols: Annotated[tuple[Regime, ...], Field(min_length=1)]
     own: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    passes: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     source: str
     date: str
     confidence: Confidence
@@ -187,14 +189,15 @@ class TokenTransport(Record):
     sms: Quantity
 
 
-CollectiveFamily = Literal["ring", "all_reduce", "in_switch", "all_to_all"]
+CollectiveFamily = Literal["ring", "reduce_scatter", "all_reduce", "in_switch", "all_to_all"]
 
 
 class ScaleUp(Record):
     """The fast network next to the chip: ICI torus, NVLink, xGMI or the memory of a host.
 
     `in_switch_efficiency` is given where the switch adds (NVLS): buffer size over time and port rate of an all-reduce.
-    `collectives` says how small messages depart from latency and bandwidth: `ring` is all-gather and reduce-scatter.
+    `collectives` says how small messages depart from latency and bandwidth: `ring` is all-gather, and reduce-scatter
+    where that has no family of its own.
     """
 
     kind: Literal["torus2d", "torus3d", "nvswitch", "cube_mesh", "full_mesh", "pcie", "host_memory"]

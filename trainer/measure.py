@@ -91,10 +91,10 @@ def measure(
         ready = []
         for one in asked:
             say(f"{one.job.name}: building")
-            ready.append(_Ready(one, devices))
-            stack.callback(ready[-1].placer.close)
+            ready.append(Ready(one, devices))
+            stack.callback(ready[-1].close)
         with ThreadPoolExecutor(COMPILERS) as pool:
-            for made in pool.map(_Ready.compile, ready):
+            for made in pool.map(Ready.compile, ready):
                 say(f"{made.job.name}: compiled")
         for part in range(rounds):
             for made in ready:
@@ -108,36 +108,48 @@ def count(jobs: int, rounds: int) -> int:
     return jobs * (2 + rounds)
 
 
-class _Ready:
-    """A job on its devices: its trainer, its data, and what XLA makes of its step."""
+class Ready:
+    """A job on its devices: its trainer, its data, and what XLA makes of its step.
+
+    Once compiled it can be measured again and again, as the network around it changes.
+    """
 
     def __init__(self, asked: Asked, devices: Sequence[Any]) -> None:
         self.job, self.devices = asked.job, len(devices)
         self.cluster = resolve_cluster(self.job.cluster)
         self.trainer = Trainer.of(self.job, resolve(self.job, self.cluster), devices)
         self.placer = Placer(self.job, asked.folder, self.trainer)
-        self.lowered = self.trainer.step.lower(self.trainer.state_shapes(), self.placer.shapes)
+        try:
+            self.lowered = self.trainer.step.lower(self.trainer.state_shapes(), self.placer.shapes)
+        except BaseException:
+            self.close()
+            raise
 
-    def compile(self) -> _Ready:
+    def compile(self) -> Ready:
         """Compile the step and read what it will execute."""
         self.compiled, report = compile_lowered(self.lowered, self.trainer.platform)
         self.program = read_program(self.compiled, self.trainer.platform, report)
         self.index = Program(parse_module(self.compiled.as_text()), self.program.collectives)
         return self
 
-    def measured(self, steps: int, traced: int, part: str) -> Measured:
-        """One measurement; `part` goes into the rows' ids."""
+    def measured(self, steps: int, traced: int, part: str, job: Job | None = None) -> Measured:
+        """One measurement; `part` goes into the rows' ids. `job` is this one on the same devices with other links."""
+        job = job or self.job
         run = _Steps(self.trainer, self.placer, self.compiled)
         run.some(WARM_UP)
         seconds = run.some(steps)
-        executions = _traced(run, traced, self.job.name) if traced else ()
-        maker = _Rows(self.job, self.cluster.chip.name, self.devices, part)
+        executions = _traced(run, traced, job.name) if traced else ()
+        maker = _Rows(job, self.cluster.chip.name, self.devices, part)
         rows = [maker.step(seconds), *maker.memory(self.program)]
         timeline: tuple[tuple[int, str, float, float], ...] = ()
         if executions:
-            rows += _trace_rows(maker, executions, self.index, self.program, self.job.name)
+            rows += _trace_rows(maker, executions, self.index, self.program, job.name)
             timeline = tuple(intervals(executions[-1], self.index))
-        return Measured(self.job, tuple(rows), tuple(run.seen), timeline)
+        return Measured(job, tuple(rows), tuple(run.seen), timeline)
+
+    def close(self) -> None:
+        """End what reads batches ahead."""
+        self.placer.close()
 
 
 class _Steps:
@@ -183,11 +195,25 @@ def _traced(run: _Steps, count: int, name: str) -> tuple[Execution, ...]:
         finally:
             jax.profiler.stop_trace()
         found = read_trace(trace_file(Path(folder)), "jit__step")[1:]
+    if jax.process_count() > 1:
+        found = tuple(_renamed(one) for one in found)
     if len(found) != count:
         raise WorkFailed(f"{name}: the trace has {len(found) + 1} steps where {count + 1} ran")
     for one in found:
         check_clocks(one, name)
     return found
+
+
+def _renamed(one: Execution) -> Execution:
+    """An execution with its devices by their place in the whole run, as the program numbers them.
+
+    Traces have JAX's ids on CPUs, which leave gaps between processes (0, 2048, ...), and each process's own count from
+    0 elsewhere.
+    """
+    place = {d.id: i for i, d in enumerate(jax.devices())}
+    here = [d.id for d in jax.local_devices()]
+    ids = {d: d if jax.default_backend() == "cpu" else here[d] for d in one.devices}
+    return Execution(one.run, {place[ids[d]]: events for d, events in one.devices.items()})
 
 
 def _trace_rows(

@@ -55,8 +55,11 @@ def parse_address(text: str) -> Address:
     return Address(host or LOOPBACK, int(port))
 
 
-def join(address: Address, process: int, processes: int) -> None:
-    """Meet the other processes; WorkFailed where they do not all come within `JOIN_S` seconds."""
+def join(address: Address, process: int, processes: int, heartbeat_s: int = HEARTBEAT_S) -> None:
+    """Meet the other processes; WorkFailed where they do not all come within `JOIN_S` seconds.
+
+    JAX ends a process whose peer has been silent for `heartbeat_s`.
+    """
     import jax
 
     where = f"{address.host}:{address.port}"
@@ -65,7 +68,7 @@ def join(address: Address, process: int, processes: int) -> None:
     try:
         jax.distributed.initialize(
             where, processes, process, coordinator_bind_address=where, cluster_detection_method="deactivate",
-            initialization_timeout=JOIN_S, heartbeat_timeout_seconds=HEARTBEAT_S, shutdown_timeout_seconds=LEAVE_S,
+            initialization_timeout=JOIN_S, heartbeat_timeout_seconds=heartbeat_s, shutdown_timeout_seconds=LEAVE_S,
         )  # fmt: skip
     except (RuntimeError, ValueError) as error:
         raise WorkFailed(

@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from simulator.results.measurement import Measurement
 from trainer.measure import software, today
+from trainer.processes import agree
 
 Array = Any
 Say = Callable[[str], None]
@@ -60,7 +61,8 @@ class Timer:
         program = self.program(body)
         jax.block_until_ready(program(x, FEW))
         each = min(timed(program, x, FEW) for _ in range(3)) / FEW
-        repeats = int(np.clip(self.budget_s / self.samples / max(each, 1e-7), FEW, MOST_REPEATS))
+        # Processes that repeat a collective unequally often would wait for each other for ever.
+        repeats = agree(int(np.clip(self.budget_s / self.samples / max(each, 1e-7), FEW, MOST_REPEATS)))
         return [timed(program, x, repeats) / repeats for _ in range(self.samples)]
 
     def program(self, body: Body) -> Any:

@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from statistics import median
 
+from hw_profiles.cluster import Cluster
 from hw_profiles.errors import QuestionError
+from hw_profiles.loader import SCALE_OUT_NAMES, resolve_cluster
 from hw_profiles.schema import Calibration, Chip, FittedTable, OpClass, Sharing, StepSpread
 from simulator.analysis.forecast import forecast
 from simulator.analysis.spread import own_spread
 from simulator.calibration.fit_machine import fit_machine, fit_sharing
-from simulator.calibration.fit_network import Timed, fit_network
+from simulator.calibration.fit_network import Timed, card_rate, fit_network
 from simulator.calibration.fit_ops import fit_classes, total_s
 from simulator.calibration.observations import Observed, host_seconds, observed
 from simulator.calibration.terms import Pass, Terms, scaled, terms_of
+from simulator.job.load import job_from_mapping
 from simulator.results.measurement import Measurement, MeasurementTable, measurement_hash
 
 FEWEST_JOBS = 3
@@ -57,11 +60,13 @@ def calibrate(tables: Sequence[MeasurementTable], base: Chip, sums: Mapping[str,
         raise QuestionError(
             f"{', '.join(t.name for t in tables)}: {len(names)} jobs were measured; a fit needs at least {FEWEST_JOBS}"
         )
-    if not jobs and not kernels:
+    linked = _linked(tables, chip)
+    if not jobs and not kernels and not linked:
         raise QuestionError(f"{', '.join(t.name for t in tables)}: no kernels, collectives or steps to fit on")
     source, date = _provenance(tables)
-    chip, more = fit_network(chip, _timed(kernels, jobs), source, date)
+    chip, more = fit_network(chip, [*_timed(kernels, jobs, chip), *linked], source, date)
     notes += more
+    jobs = [_less_network(o, chip) for o in jobs]
     traced = [o for o in jobs if o.traced]
     out = Calibrated(chip, notes)
     if traced:
@@ -110,19 +115,58 @@ def _provenance(tables: Sequence[MeasurementTable]) -> tuple[str, str]:
     return f"measured: {', '.join(t.name for t in tables)} ({'; '.join(software)})", max(r.date for r in rows)
 
 
-def _timed(kernels: Sequence[Measurement], jobs: Sequence[Observed]) -> list[Timed]:
-    alone = [
+def _timed(kernels: Sequence[Measurement], jobs: Sequence[Observed], chip: Chip) -> list[Timed]:
+    """Collectives of one host alone, and those of steps."""
+    out = [
         Timed(r.name, r.group_size, r.bytes or 0.0, r.seconds or 0.0, r.devices, False)
         for r in kernels
         if r.kind == "collective" and r.bytes and r.seconds
     ]
-    within = [
-        Timed(s.kind, s.size, s.bytes, s.seconds, o.devices, True, s.seconds * s.samples)
-        for o in jobs
-        for s in o.collectives
-        if s.bytes > 0
-    ]
-    return alone + within
+    for o in jobs:
+        cluster = resolve_cluster(o.job.cluster, chip=chip)
+        for s in o.collectives:
+            card = card_rate(cluster, s.size, s.stride)
+            # Between hosts a trace does not show who came last: those of steps have waiting in them.
+            if s.bytes > 0 and card == 0:
+                weight = s.seconds * s.samples
+                out.append(Timed(s.kind, s.size, s.bytes, s.seconds, o.devices, True, weight=weight))
+    return out
+
+
+def _less_network(seen: Observed, chip: Chip) -> Observed:
+    """A job over several hosts with the rest of its step, once its collectives alone are taken off, as its compute.
+
+    No trace shows what of a collective between hosts was waiting; it goes with the compute that made them late.
+    """
+    if resolve_cluster(seen.job.cluster).levels[-1].name not in SCALE_OUT_NAMES.values():
+        return seen
+    sent_s = sum(c.time_s for c in forecast(seen.job, engine="closed-form", chip=chip).collectives)
+    before = sum(seen.compute_s.values())
+    left = max(0.0, before + seen.sent_s - sent_s)
+    compute_s = {key: s * left / before for key, s in seen.compute_s.items()} if before else {}
+    return replace(seen, compute_s=compute_s, sent_s=sent_s)
+
+
+def _linked(tables: Sequence[MeasurementTable], chip: Chip) -> list[Timed]:
+    """Collectives alone between hosts: rows that name their level, and a job whose cluster says how fast its links are.
+
+    QuestionError for rows of a job that their table does not carry.
+    """
+    out = []
+    for table in tables:
+        clusters: dict[str, Cluster] = {}
+        for r in table.rows:
+            if r.kind != "collective" or not r.job_hash or not r.level or not r.bytes or not r.seconds:
+                continue
+            if r.job_hash not in table.jobs:
+                raise QuestionError(f"{table.name}: {r.id}: the table does not carry its job ({r.job_hash[:12]})")
+            if r.job_hash not in clusters:
+                job = job_from_mapping(table.jobs[r.job_hash], where=f"{table.name}: the job of {r.id}")
+                clusters[r.job_hash] = resolve_cluster(job.cluster, chip=chip)
+            card = card_rate(clusters[r.job_hash], r.group_size, r.stride)
+            if card is not None:
+                out.append(Timed(r.name, r.group_size, r.bytes, r.seconds, r.devices, False, card_bytes_per_s=card))
+    return out
 
 
 def _with_classes(chip: Chip, jobs: Sequence[Observed], known: Mapping[str, TermsOf], *, residuals: bool) -> Chip:

@@ -20,7 +20,7 @@ from typing import Any
 
 from hw_profiles.cluster import Cluster
 from hw_profiles.errors import QuestionError
-from hw_profiles.loader import resolve_cluster
+from hw_profiles.loader import SCALE_OUT_NAMES, resolve_cluster
 from hw_profiles.schema import Chip
 from simulator.calibration.questions import Answer, Question
 from simulator.network.collectives import NVLS_FROM, collective_rate, transport_rate
@@ -86,7 +86,12 @@ def residuals(cluster: Cluster, kind: str, span: int) -> Mapping[Any, float] | N
     family = {"all_gather": "ring", "reduce_scatter": "ring"}.get(kind, kind)
     if kind == "all_reduce" and cluster.levels[0].in_switch_efficiency and span >= NVLS_FROM:
         family = "in_switch"
-    fits = {str(name): fit for name, fit in cluster.chip.scale_up.collectives.items()}
+    out = cluster.chip.scale_out
+    only_out = out is not None and cluster.levels[0].name in SCALE_OUT_NAMES.values()
+    known = out.collectives if out is not None and only_out else cluster.chip.scale_up.collectives
+    fits = {str(name): fit for name, fit in known.items()}
+    if kind in fits:
+        family = kind
     return fits[family].residuals if family in fits else None
 
 

@@ -205,7 +205,8 @@ class _Asked:
             raise QuestionError("bytes is empty: a collective needs its size")
         if row.group_size < 2:
             raise QuestionError("group_size = 1: nothing is sent")
-        spec = _cluster(row, load_chip(chip_name))
+        carried = self.table.jobs.get(row.job_hash) if row.job_hash else None
+        spec = carried["cluster"] if carried else _cluster(row, load_chip(chip_name))
         size, stride, bytes_ = row.group_size, row.stride, row.bytes
 
         def ask(chip: Chip | None, engine: str) -> Answer:

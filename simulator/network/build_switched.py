@@ -143,7 +143,8 @@ class _Tree:
         self.fabric, self.level, self.devices = fabric, level, cluster.devices
         self.nic = chip.scale_out.nic_gb_per_s.value * 1e9 / chip.devices_per_chip
         self.thin = level.oversubscription
-        self.rails = gcd(domain, chip.chips_per_host * chip.devices_per_chip)
+        # A CPU host has one card for all its devices.
+        self.rails = 1 if chip.kind == "cpu" else gcd(domain, chip.chips_per_host * chip.devices_per_chip)
         device = np.arange(self.devices)
         unit = device // (domain * fabric.unit_domains)
         self.leaf = unit * self.rails + device % self.rails

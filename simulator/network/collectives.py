@@ -135,7 +135,7 @@ def _exchange(level: Level, size: int, out: float, alone: bool) -> list[tuple[fl
     fit = level.all_to_all
     if fit is None:
         return [(level.latency_s, out / rate)]
-    work = out + (fit.own / size if alone else 0.0)
+    work = out * fit.passes + (fit.own / size if alone else 0.0)
     return [(start + step * (size - 1), work / (rate * share)) for start, step, share in fit.lines]
 
 
@@ -152,7 +152,7 @@ def _ring(level: Level, kind: str, size: int, inner: int, m: int) -> list[tuple[
     wire = passes * (size - 1) / size
     # Small all-reduces take a tree: twice the depth instead of twice the ring. Inside a domain it is a chain up to 8.
     tree = 2 * (steps - 1).bit_length()
-    fit = level.all_reduce if kind == "all_reduce" else level.ring
+    fit = {"all_reduce": level.all_reduce, "reduce_scatter": level.reduce_scatter or level.ring}.get(kind, level.ring)
     if fit is None:
         hops = min(passes * (steps - 1), tree) if kind == "all_reduce" else steps - 1
         return [(level.latency_s * hops, wire / rate)]
@@ -160,7 +160,7 @@ def _ring(level: Level, kind: str, size: int, inner: int, m: int) -> list[tuple[
         hops = min(steps - 1, tree + 1) if kind == "all_reduce" else steps - 1
     else:
         hops = min(passes * (steps - 1), tree) if kind == "all_reduce" else steps - 1
-    work = wire + (fit.own / size if alone else 0.0)
+    work = wire * fit.passes + (fit.own / size if alone else 0.0)
     return [(start + step * hops, work / (rate * share)) for start, step, share in fit.lines]
 
 

@@ -42,12 +42,17 @@ class Starts:
     ) -> tuple[float, float]:
         """Latency (seconds) and factor on bytes of a message of `bytes_`; `algorithm` None is the closed form's own.
 
-        On a network that a user has drawn a step takes the slowest link twice, up and down.
+        On a network that a user has drawn a step takes the slowest link twice, up and down; where the cluster's own
+        has one level, what was measured of its library there is added: it starts as slowly on any cables.
         """
+        torus = self.cluster.torus
         if self.topology.layout is None:
             step = 2 * float(self.topology.latency_s.max(initial=0.0))
-            return step * (_steps(kind, algorithm, size) if kind in PASSES else 1.0), 1.0
-        torus = self.cluster.torus
+            drawn = step * (_steps(kind, algorithm, size) if kind in PASSES else 1.0)
+            if torus is not None or len(self.cluster.levels) > 1 or not _measured(self.cluster.levels[0], kind):
+                return drawn, 1.0
+            latency_s, factor = self._beyond(kind, algorithm, size, stride, between, bytes_)
+            return drawn + latency_s, factor
         if torus is not None:
             per_chip = self.cluster.chip.devices_per_chip
             group = torus_group(torus, per_chip, self.cluster.devices_per_slice, size, stride)
@@ -62,6 +67,12 @@ class Starts:
                 total += level.latency_s * _steps(kind, algorithm, m // inner)
                 inner = m
             return total, 1.0
+        return self._beyond(kind, algorithm, size, stride, between, bytes_)
+
+    def _beyond(
+        self, kind: str, algorithm: str | None, size: int, stride: int, between: float, bytes_: float
+    ) -> tuple[float, float]:
+        """Latency and factor by what was measured of the cluster's levels, beyond their latency and efficiency."""
         key = (kind, size, stride, between)
         if key not in self._rates:
             self._rates[key] = collective_rate(self.cluster, *key), collective_rate(self._plain, *key)
@@ -71,6 +82,13 @@ class Starts:
         lines = ((full.latency_s, full.seconds_per_byte), *full.smaller)
         latency_s, per_byte = min(lines, key=lambda line: line[0] + bytes_ * line[1])
         return latency_s, per_byte / plain.seconds_per_byte
+
+
+def _measured(level: Level, kind: str) -> bool:
+    """Whether something is known of `kind` on `level` beyond its latency and efficiency."""
+    own = {"all_to_all": level.all_to_all, "all_reduce": level.all_reduce}
+    own |= {"all_gather": level.ring, "reduce_scatter": level.reduce_scatter or level.ring}
+    return own.get(kind) is not None
 
 
 def _steps(kind: str, algorithm: str | None, size: int) -> float:

@@ -71,8 +71,20 @@ class PartMaker:
                 kept = self.topology.level[p.links] != names.index("chip")
             if kept.any():
                 e = self.efficiency(p.level, kind)
-                out.append(Part(p.level, p.links[kept], p.bytes[kept] / e, p.flows[kept], p.largest_flow_bytes / e))
+                bytes_ = p.bytes[kept] / self._reached(p.links[kept], p.level, e)
+                out.append(Part(p.level, p.links[kept], bytes_, p.flows[kept], p.largest_flow_bytes / e))
         return tuple(out)
+
+    def _reached(self, links: Index, level: str, at_devices: float) -> Array | float:
+        """The share of their rates that links reach, `at_devices` where they end at one.
+
+        On a drawn network links between switches reach what a ring does: an all-to-all falls short where a card meets
+        several partners at once, while a trunk carries the flows of many cards, which keep it busy (docs/netlab.md).
+        """
+        if self.topology.layout is not None:
+            return at_devices
+        ends = np.minimum(self.topology.source[links], self.topology.target[links])
+        return np.where(ends < self.topology.devices, at_devices, max(at_devices, self.efficiency(level, "ring")))
 
     def product(self, members: Index, rows: Array, columns: Array, transport: str, between: float) -> tuple[Part, ...]:
         """All-to-alls in groups (G x k) where i sends rows[i] * columns[j] bytes to j (D each)."""
@@ -232,7 +244,13 @@ class PartMaker:
         if algorithm == "in-switch":
             raise QuestionError(f"algorithm = 'in-switch': {self.topology.name} has no switch that adds")
         if not isinstance(layout, TorusLayout) or layout.twisted:
-            return self.flows(index_ring(members, passes * (size - 1) / size), kind), False
+            source, target, amount = index_ring(members, passes * (size - 1) / size)
+            if self.cluster.chip.kind == "cpu":
+                # gloo goes round one way only, which shows on cables that carry as much the other way.
+                ahead = np.roll(members, -1, axis=1)
+                source, target = members.ravel(), ahead.ravel()
+                amount = np.full(members.size, passes * (size - 1) / size)
+            return self.flows((source, target, amount), kind), False
         return self._torus_rings(layout, kind, members)
 
     def _torus_rings(self, layout: TorusLayout, kind: str, members: Index) -> tuple[tuple[Part, ...], bool]:
