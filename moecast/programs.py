@@ -117,7 +117,7 @@ def _compile_here(
 
     given = load_job(path, changes)
     job = given.model_copy(update={"cluster": target.cluster})
-    program, text = compile_step(job, resolve(job, resolve_cluster(job.cluster)), target)
+    program, text = compile_step(job, resolve(job, resolve_cluster(job.cluster)), target, path.parent)
     if hlo is not None:
         write_whole(hlo, text.encode())
     answer = forecast(as_our_program(job, target.platform), engine="closed-form", folder=path.parent)

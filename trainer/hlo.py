@@ -126,6 +126,7 @@ def executed_flops(module: Module, walk: Walk | None = None) -> ExecutedFlops:
             by_scope[(scopes_of(name) or ("",))[0]][phase_of(name)] += flops
         elif instruction.opcode == "custom-call" and _may_multiply(instruction):
             uncounted[f"{target_of(instruction)} {instruction.name}"] = times
+    uncounted |= dict.fromkeys((f"loop by tokens {name}" for name in walk.by_tokens), 1)
     return ExecutedFlops(total, {k: by_scope[k] for k in sorted(by_scope)}, uncounted, tuple(walk.assumptions))
 
 

@@ -114,7 +114,7 @@ class _Ready:
     def __init__(self, asked: Asked, devices: Sequence[Any]) -> None:
         self.job, self.devices = asked.job, len(devices)
         self.cluster = resolve_cluster(self.job.cluster)
-        self.trainer = Trainer.of(self.job, resolve(self.job, self.cluster), devices)
+        self.trainer = Trainer.of(self.job, resolve(self.job, self.cluster), devices, asked.folder)
         self.placer = Placer(self.job, asked.folder, self.trainer)
         self.lowered = self.trainer.step.lower(self.trainer.state_shapes(), self.placer.shapes)
 
