@@ -186,6 +186,7 @@ DROPLESS = merged(
         "training": {"capacity": "dropless", "learning": {"expert_dropout": 0.3}},
     },
 )
+FORCED = merged(DROPLESS, {"training": {"routing": {"model": "zipf", "exponent": 1.0, "forced": True}}})
 
 
 def plan(devices: int, **fields: Any) -> Mapping:
@@ -244,6 +245,7 @@ CASES: dict[str, tuple[Mapping, dict[str, Mapping]]] = {
             "sequence parallel": plan(8, tensor=4, expert=2, expert_tensor=2, sequence_parallel=True),
         },
     ),
+    "forced": (FORCED, {"data 4, expert 2, microbatches 2": plan(4, expert=2, microbatch_sequences=1)}),
     "oddities": (
         ODDITIES,
         {"sequence parallel": plan(4, tensor=4, expert=2, expert_tensor=2, sequence_parallel=True)},

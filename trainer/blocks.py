@@ -224,5 +224,7 @@ def _network(
     axes = tuple(sorted(frozenset().union(*map(axes_of, floats))))
     weights = {k: varying(w.astype(s.compute), axes) for k, w in p.items()}
     key = None if noise is None else noise.key
-    y_RD = by_blocks(one, block, weights, varying(rows_RD, axes), varying(gate_R, axes), numbers, key, order)
-    return checkpoint_name(y_RD, "experts")
+    with s.scope("moe.dispatch"):
+        # The products of a block have scopes of their own; what is left is bringing rows to it and away.
+        y_RD = by_blocks(one, block, weights, varying(rows_RD, axes), varying(gate_R, axes), numbers, key, order)
+        return checkpoint_name(y_RD, "experts")

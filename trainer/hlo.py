@@ -47,7 +47,8 @@ class ExecutedFlops:
     """FLOPs of products per device in one execution, recompute and padding included.
 
     `by_scope`: scope (an empty string for none) -> phase (forward, recompute, backward) -> FLOPs. `uncounted` are
-    custom calls that may multiply and cannot be read, with how often each runs; `assumptions` say where a choice was
+    custom calls that may multiply and cannot be read, with how often each runs, and loops that run as often as tokens
+    ask for; `assumptions` say where a choice was
     made.
     """
 

@@ -127,7 +127,7 @@ class _Ready:
 
     def measured(self, steps: int, traced: int, part: str) -> Measured:
         """One measurement; `part` goes into the rows' ids."""
-        run = _Steps(self.trainer, self.placer, self.compiled)
+        run = Steps(self.trainer, self.placer, self.compiled)
         run.some(WARM_UP)
         seconds = run.some(steps)
         executions = _traced(run, traced, self.job.name) if traced else ()
@@ -140,7 +140,7 @@ class _Ready:
         return Measured(self.job, tuple(rows), tuple(run.seen), timeline)
 
 
-class _Steps:
+class Steps:
     """Runs steps one after the other and times each."""
 
     def __init__(self, trainer: Trainer, placer: Placer, compiled: Any) -> None:
@@ -172,7 +172,7 @@ class _Steps:
         return out
 
 
-def _traced(run: _Steps, count: int, name: str) -> tuple[Execution, ...]:
+def _traced(run: Steps, count: int, name: str) -> tuple[Execution, ...]:
     """The traced executions; the first after the profiler starts is left out, since it is slowed."""
     with tempfile.TemporaryDirectory(prefix="moecast-trace-") as folder:
         options = jax.profiler.ProfileOptions()
