@@ -42,7 +42,7 @@ JOB: dict[str, Any] = {
         "decoder": {
             "layers": 1,
             "attention": {"heads": 1, "head_dim": 32},
-            "moe": {"experts": EXPERTS, "top_k": 1, "expert": {"hidden": 2048, "activation": "relu"}},
+            "moe": {"experts": EXPERTS, "top_k": 1, "expert": {"hidden": 4096, "activation": "relu"}},
         },
     },
     "cluster": {"chip": "cpu-host", "devices": RANKS},

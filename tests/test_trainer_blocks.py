@@ -37,7 +37,7 @@ def network(w: Any, x: Any, gate: Any, numbers: Any, key: Any) -> Any:
 
 def in_blocks(weights: Any, rows: Any, gate: Any, owner: Any) -> Any:
     """The rows through their experts, in blocks."""
-    return by_blocks(network, B, weights, rows, gate, None, None, order_by_expert(owner, E, B))
+    return by_blocks(network, B, "experts", weights, rows, gate, None, None, order_by_expert(owner, E, B))
 
 
 def one_by_one(weights: Any, rows: Any, gate: Any, owner: Any) -> Any:

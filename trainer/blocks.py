@@ -111,16 +111,19 @@ def _put(out: Array, made: Array, at: Array) -> Array:
     return lax.dynamic_update_slice_in_dim(out, made.astype(out.dtype), at, 0)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def by_blocks(
-    one: Network, block: int, weights: Tree, rows_RD: Array, gate_R: Array, number_R2: Any, key: Any, order: Order
-) -> Array:
+    one: Network, block: int, scope: str, weights: Tree, rows_RD: Array, gate_R: Array, number_R2: Any, key: Any,
+    order: Order,
+) -> Array:  # fmt: skip
     """y_RD, each row through its expert's network `one`; empty rows are zero. Floats differ along the same mesh axes.
 
     The backward pass is such a loop too, and makes the hidden layer of a block again: nothing as wide as an expert is
-    kept, which would have to be kept for the worst case.
+    kept, which would have to be kept for the worst case. `scope` is what each block does beside its products: fetching
+    rows, and adding its part to the weights' gradients.
     """
 
+    @jax.named_scope(scope)
     def work(out: Array, own: Tree, w: Tree, index_B: Array, at: Array) -> tuple[Array, Tree]:
         numbers = None if number_R2 is None else _take(number_R2, index_B)
         return _put(out, one(w, _take(rows_RD, index_B), _take(gate_R, index_B), numbers, key), at), own
@@ -129,13 +132,14 @@ def by_blocks(
     return jnp.take(out, order.place_R, axis=0)
 
 
-def _forward(one: Network, block: int, *arguments: Any) -> tuple[Array, tuple[Any, ...]]:
-    return by_blocks(one, block, *arguments), arguments
+def _forward(one: Network, block: int, scope: str, *arguments: Any) -> tuple[Array, tuple[Any, ...]]:
+    return by_blocks(one, block, scope, *arguments), arguments
 
 
-def _backward(one: Network, block: int, kept: tuple[Any, ...], dy_RD: Array) -> tuple[Any, ...]:
+def _backward(one: Network, block: int, scope: str, kept: tuple[Any, ...], dy_RD: Array) -> tuple[Any, ...]:
     weights, rows_RD, gate_R, number_R2, key, order = kept
 
+    @jax.named_scope(scope)
     def work(made: Tree, dw: Tree, w: Tree, index_B: Array, at: Array) -> tuple[Tree, Tree]:
         dx, dgate = made
         numbers = None if number_R2 is None else _take(number_R2, index_B)
@@ -225,6 +229,7 @@ def _network(
     weights = {k: varying(w.astype(s.compute), axes) for k, w in p.items()}
     key = None if noise is None else noise.key
     with s.scope("moe.dispatch"):
-        # The products of a block have scopes of their own; what is left is bringing rows to it and away.
-        y_RD = by_blocks(one, block, weights, varying(rows_RD, axes), varying(gate_R, axes), numbers, key, order)
+        # The products of a block have scopes of their own; outside of the loop are clearing and ordering.
+        scope = f"{s.stack}.moe.experts.up"
+        y_RD = by_blocks(one, block, scope, weights, varying(rows_RD, axes), varying(gate_R, axes), numbers, key, order)
         return checkpoint_name(y_RD, "experts")
