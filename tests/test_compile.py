@@ -72,7 +72,7 @@ def test_an_op_that_differs_is_named() -> None:
         ("mixtral-8x7b", "plan={data: 4, context: 2}", "plan.context = 2"),
         ("mixtral-8x7b", "plan={data: 4, pipeline: 2, microbatch_sequences: 1}", "plan.schedule = 1f1b"),
         ("mixtral-8x7b", "training.precision=fp8-tensorwise", "training.precision = fp8-tensorwise"),
-        ("mixtral-8x7b", "training={capacity: dropless}", "plan.expert above 1"),
+        ("mixtral-8x7b", "cluster={chip: tpu-v5e, slice: 2x4}", "cluster = not of a CPU"),
         ("mixtral-8x7b", "training.dispatch.transport=deepep", "training.dispatch.transport = deepep"),
         ("mixtral-8x7b", "training.capacity.group_tokens=96", "training.capacity.group_tokens = 96"),
         ("mixtral-8x7b", "model.sampled_softmax=64", "model.sampled_softmax = 64"),
@@ -84,8 +84,9 @@ def test_an_op_that_differs_is_named() -> None:
 )
 def test_what_the_trainer_cannot_run_is_refused_by_name(file: str, change: str, said: str) -> None:
     job = load_job(SMALL / f"{file}.yaml", ["plan.expert=4", change] if file == "mixtral-8x7b" else [change])
-    if "dropless" in change:
-        job = load_job(SMALL / f"{file}.yaml", ["plan.expert=4", "training.capacity=dropless", "training.dispatch={}"])
+    if "cluster" in change:
+        dropless = ["plan.expert=4", "training.capacity=dropless", "training.dispatch={}"]
+        job = load_job(SMALL / f"{file}.yaml", [*dropless, change])
     with pytest.raises(QuestionError) as found:
         check_runnable(job, resolve(job, resolve_cluster(job.cluster)), "cpu")
     assert said in str(found.value) and "\n" not in str(found.value)

@@ -16,9 +16,9 @@ from hw_profiles.errors import QuestionError
 from hw_profiles.loader import resolve_cluster
 from simulator.engine.loads import ExpertLoads, draw_loads, dropped_fraction, expected_drops, expert_loads, moe_layers
 from simulator.engine.placement import balance, place_contiguous, place_dealt, rank_loads, read_placement, split_matrix
-from simulator.engine.replay import read_counts
 from simulator.job.load import load_job
 from simulator.job.model import Ffn, Moe
+from simulator.job.recorded import read_counts
 from simulator.job.rules import Degrees, resolve
 from simulator.workload.routing import (
     Slots,
@@ -407,7 +407,7 @@ def test_files_that_are_no_table_of_the_job_are_refused(tmp_path: Path, monkeypa
     (inner / "t.txt").write_text(GOOD)
     (inner / "t.parquet").write_text(GOOD)
     (inner / "long.csv").write_text(GOOD)
-    monkeypatch.setattr("simulator.engine.replay.MAX_BYTES", 50)
+    monkeypatch.setattr("simulator.job.recorded.MAX_BYTES", 50)
     for name, says in {
         "../t.csv": "must lie in the job's folder", "link.csv": "must lie in the job's folder",
         str(tmp_path / "t.csv"): "must lie in the job's folder", "a\0b.csv": "not a path", "x" * 5000: "name too long",

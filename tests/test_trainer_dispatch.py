@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -102,7 +103,7 @@ def test_experts_that_choose_add_up_where_they_meet() -> None:
 LAYER = {"batch": {"sequences": 4}, "model": {"decoder": {"layers": 1, "moe": {"expert": {"bias": True}}}}}
 
 
-def run_layer(change: dict[str, Any]) -> Any:
+def run_layer(change: dict[str, Any], layout: str | None = None) -> Any:
     """(output, gradients of the layer's weights and input) of one MoE layer on one device, with noise."""
     trainer = make_trainer(merged(merged(DECODER, LAYER), change))
     (layer,) = trainer.job.model.decoder_layers
@@ -111,6 +112,7 @@ def run_layer(change: dict[str, Any]) -> Any:
     x = normal(4, 32, 32) if "x" not in _KEPT else _KEPT["x"]
     _KEPT["x"] = x
     s = trainer.setting()
+    s = replace(s, degrees=replace(s.degrees, layout=layout or s.degrees.layout))
 
     def f(p: Any, v: Any) -> Any:
         noise = Noise(jax.random.key(1), jnp.arange(4 * 32).reshape(4, 32))
@@ -121,11 +123,13 @@ def run_layer(change: dict[str, Any]) -> Any:
 
 
 _KEPT: dict[str, Any] = {}
+DROPLESS = {"training": {"capacity": "dropless"}}
 AMPLE = {"training": {"capacity": {"factor": 8.0, "basis": "tokens", "group_tokens": 32}}}
 
 
-def test_ragged_experts_are_slots_that_never_fill() -> None:
-    (_, (y, kept)), found = run_layer({"training": {"capacity": "dropless"}})
+@pytest.mark.parametrize("layout", ["ragged", "blocks"])
+def test_dropless_experts_are_slots_that_never_fill(layout: str) -> None:
+    (_, (y, kept)), found = run_layer(DROPLESS, layout)
     (_, (expected, seated)), wanted = run_layer(AMPLE)
     np.testing.assert_array_equal(kept, seated)
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
@@ -135,15 +139,15 @@ def test_ragged_experts_are_slots_that_never_fill() -> None:
         assert float(jnp.abs(b).max()) > 0
 
 
-@pytest.mark.parametrize("change", [AMPLE, {"training": {"capacity": "dropless"}}], ids=["slots", "ragged"])
-def test_expert_dropout_keeps_the_mean_and_is_inside_of_experts(change: dict[str, Any]) -> None:
-    still = run_layer(change)[0][1][0]
+@pytest.mark.parametrize(("change", "layout"), [(AMPLE, "slots"), (DROPLESS, "ragged"), (DROPLESS, "blocks")])
+def test_expert_dropout_keeps_the_mean_and_is_inside_of_experts(change: dict[str, Any], layout: str) -> None:
+    still = run_layer(change, layout)[0][1][0]
     rate = {"training": {"learning": {"expert_dropout": 0.5}}}
-    (_, (y, _)), gradients = run_layer(merged(change, rate))
+    (_, (y, _)), gradients = run_layer(merged(change, rate), layout)
     assert float(jnp.abs(y - still).max()) > 0.1
     # Biases after the hidden layer are not dropped, and no output is zeroed as a whole.
     assert not bool((y - _KEPT["x"] == 0).any())
-    again = run_layer(merged(change, rate))[0][1][0]
+    again = run_layer(merged(change, rate), layout)[0][1][0]
     np.testing.assert_array_equal(y, again)
     assert float(jnp.abs(gradients[0]["experts"]["up"]).max()) > 0
 

@@ -179,6 +179,15 @@ ODDITIES = merged(
     },
 )
 
+DROPLESS = merged(
+    DECODER,
+    {
+        "model": {"decoder": {"layers": 2, "moe": {"expert": {**EXPERT, "bias": True}}}},
+        "training": {"capacity": "dropless", "learning": {"expert_dropout": 0.3}},
+    },
+)
+FORCED = merged(DROPLESS, {"training": {"routing": {"model": "zipf", "exponent": 1.0, "forced": True}}})
+
 
 def plan(devices: int, **fields: Any) -> Mapping:
     """A change of the plan, on `devices` devices."""
@@ -226,6 +235,17 @@ CASES: dict[str, tuple[Mapping, dict[str, Mapping]]] = {
     "lstm": (LSTM, {"shard parameters": plan(4, expert=2, shard="parameters")}),
     "hierarchy": (HIERARCHY, {"data 8, expert 8": plan(8, expert=8, microbatch_sequences=1)}),
     "expert choice": (EXPERT_CHOICE, {"data 4, expert 8": plan(8, tensor=2, expert=8)}),
+    "dropless": (
+        DROPLESS,
+        {
+            "data 2, expert 2": plan(2, expert=2),
+            "data 4, expert 2, microbatches 2": plan(4, expert=2, microbatch_sequences=1, shard="optimizer"),
+            "data 8, expert 8": plan(8, expert=8),
+            "tensor 4, expert_tensor 2": plan(8, tensor=4, expert=4, expert_tensor=2, shard="parameters"),
+            "sequence parallel": plan(8, tensor=4, expert=2, expert_tensor=2, sequence_parallel=True),
+        },
+    ),
+    "forced": (FORCED, {"data 4, expert 2, microbatches 2": plan(4, expert=2, microbatch_sequences=1)}),
     "oddities": (
         ODDITIES,
         {"sequence parallel": plan(4, tensor=4, expert=2, expert_tensor=2, sequence_parallel=True)},

@@ -114,7 +114,9 @@ def steps_case(base: Mapping, change: Mapping) -> Mapping:
 
 SUITES: dict[str, Callable[[], Mapping]] = {
     "mesh-decoder": mesh(("decoder",)),
-    "mesh-others": mesh(("latent", "switch", "st_moe", "lstm", "hierarchy", "expert choice", "oddities")),
+    "mesh-others": mesh(
+        ("latent", "switch", "st_moe", "lstm", "hierarchy", "expert choice", "dropless", "forced", "oddities")
+    ),
     "programs": programs,
     "steps": steps,
 }

@@ -10,11 +10,13 @@ from trainer.hlo import CompiledProgram, compile_lowered, read_program
 from trainer.targets import Target, TargetError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from simulator.job.job import Job
 
 
-def compile_step(job: Job, degrees: Degrees, target: Target) -> tuple[CompiledProgram, str]:
-    """What XLA makes of one training step of `job` on `target`, and the program's text.
+def compile_step(job: Job, degrees: Degrees, target: Target, folder: Path | None = None) -> tuple[CompiledProgram, str]:
+    """What XLA makes of one training step of `job` on `target`, and the program's text; `folder` is the job's.
 
     QuestionError for what the trainer cannot run; TargetError where the compiler runs out of the device's memory or
     refuses the program, with its first line.
@@ -23,7 +25,7 @@ def compile_step(job: Job, degrees: Degrees, target: Target) -> tuple[CompiledPr
 
     if degrees.devices != target.devices:
         raise QuestionError(f"--target {target.name}: has {target.devices} devices; the plan makes {degrees.devices}")
-    trainer = Trainer.of(job, degrees, target.jax_devices())
+    trainer = Trainer.of(job, degrees, target.jax_devices(), folder)
     lowered = trainer.step.lower(trainer.state_shapes(), trainer.batch_shapes())
     try:
         compiled, report = compile_lowered(lowered, target.platform)

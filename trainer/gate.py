@@ -88,6 +88,10 @@ def route(
     if how.jitter and noise is not None:
         x = x * (1 - how.jitter + 2 * how.jitter * noise.uniform(23, (x.shape[-1],), token_GN))
     load: Sums | None = None
+    forced = None
+    if s.forced is not None and noise is not None:
+        length = s.job.batch.encoder_length if s.stack == "encoder" else s.job.batch.decoder_length
+        forced = s.forced.experts(noise, token_GN, length, moe.top_k)
     if moe.router.kind == "noisy_top_k":
         logits = logits_of(x, router["kernel"])
         choices, load = _noisy(moe, x, logits, router, noise, token_GN)
@@ -98,10 +102,10 @@ def route(
             token, gate = routing.expert_choice(logits, capacity)
             return Routed(logits, None, None, token, gate)
         if moe.router.kind == "sigmoid":
-            choices = routing.sigmoid_choices(logits, moe, router.get("balance_bias"))
+            choices = routing.sigmoid_choices(logits, moe, router.get("balance_bias"), forced)
         else:
             chance = noise.uniform(24, (moe.top_k,), token_GN) if noise is not None else None
-            choices = routing.softmax_choices(logits, moe, how, chance)
+            choices = routing.softmax_choices(logits, moe, how, chance, forced)
     if capacity is None:
         return Routed(logits, choices, None, load=load)
     sure = None

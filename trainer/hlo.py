@@ -47,7 +47,8 @@ class ExecutedFlops:
     """FLOPs of products per device in one execution, recompute and padding included.
 
     `by_scope`: scope (an empty string for none) -> phase (forward, recompute, backward) -> FLOPs. `uncounted` are
-    custom calls that may multiply and cannot be read, with how often each runs; `assumptions` say where a choice was
+    custom calls that may multiply and cannot be read, with how often each runs, and loops that run as often as tokens
+    ask for; `assumptions` say where a choice was
     made.
     """
 
@@ -126,6 +127,7 @@ def executed_flops(module: Module, walk: Walk | None = None) -> ExecutedFlops:
             by_scope[(scopes_of(name) or ("",))[0]][phase_of(name)] += flops
         elif instruction.opcode == "custom-call" and _may_multiply(instruction):
             uncounted[f"{target_of(instruction)} {instruction.name}"] = times
+    uncounted |= dict.fromkeys((f"loop by tokens {name}" for name in walk.by_tokens), 1)
     return ExecutedFlops(total, {k: by_scope[k] for k in sorted(by_scope)}, uncounted, tuple(walk.assumptions))
 
 

@@ -13,6 +13,8 @@ COLLECTIVES = (
     "ragged-all-to-all", "all-to-all", "all-reduce", "all-gather", "reduce-scatter", "collective-permute",
     "collective-broadcast",
 )  # fmt: skip
+# The scope of loops that run as often as tokens ask for: no program's text knows how often.
+BY_TOKENS = "loop_by_tokens"
 _CALLS = {"fusion", "call", "call-start", "async-start"}
 
 
@@ -26,12 +28,14 @@ class Walk:
     """Which computation runs how often, from the entry down.
 
     Of a conditional the branch with the most FLOPs counts, then the most collectives: `assumptions` names it. A loop
-    whose count cannot be read is an error only if a product or a collective runs in it; else it counts once.
+    whose count cannot be read is an error only if a product or a collective runs in it; else it counts once. Loops of
+    the scope `loop_by_tokens` are left out: `by_tokens` names them.
     """
 
     def __init__(self, module: Module):
         self.module = module
         self.assumptions: list[str] = []
+        self.by_tokens: list[str] = []
         self._loops = Loops(module)
         self._called: dict[str, list[tuple[str, int]]] = {}
         self._weights: dict[str, tuple[int, int]] = {}
@@ -86,6 +90,9 @@ class Walk:
             try:
                 count = self._loops.trip_count(computation, instruction)
             except HloError:
+                if BY_TOKENS in instruction.op_name and not self._weight(body)[1]:
+                    self.by_tokens.append(instruction.name)
+                    return []
                 if self._weight(body) != (0, 0) or self._weight(condition) != (0, 0):
                     raise
                 count = 1

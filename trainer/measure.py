@@ -117,7 +117,7 @@ class Ready:
     def __init__(self, asked: Asked, devices: Sequence[Any]) -> None:
         self.job, self.devices = asked.job, len(devices)
         self.cluster = resolve_cluster(self.job.cluster)
-        self.trainer = Trainer.of(self.job, resolve(self.job, self.cluster), devices)
+        self.trainer = Trainer.of(self.job, resolve(self.job, self.cluster), devices, asked.folder)
         self.placer = Placer(self.job, asked.folder, self.trainer)
         try:
             self.lowered = self.trainer.step.lower(self.trainer.state_shapes(), self.placer.shapes)
@@ -135,7 +135,7 @@ class Ready:
     def measured(self, steps: int, traced: int, part: str, job: Job | None = None) -> Measured:
         """One measurement; `part` goes into the rows' ids. `job` is this one on the same devices with other links."""
         job = job or self.job
-        run = _Steps(self.trainer, self.placer, self.compiled)
+        run = Steps(self.trainer, self.placer, self.compiled)
         run.some(WARM_UP)
         seconds = run.some(steps)
         executions = _traced(run, traced, job.name) if traced else ()
@@ -152,7 +152,7 @@ class Ready:
         self.placer.close()
 
 
-class _Steps:
+class Steps:
     """Runs steps one after the other and times each."""
 
     def __init__(self, trainer: Trainer, placer: Placer, compiled: Any) -> None:
@@ -184,7 +184,7 @@ class _Steps:
         return out
 
 
-def _traced(run: _Steps, count: int, name: str) -> tuple[Execution, ...]:
+def _traced(run: Steps, count: int, name: str) -> tuple[Execution, ...]:
     """The traced executions; the first after the profiler starts is left out, since it is slowed."""
     with tempfile.TemporaryDirectory(prefix="moecast-trace-") as folder:
         options = jax.profiler.ProfileOptions()

@@ -21,7 +21,7 @@ from trainer.lstm import lstm_layer, lstm_parameters
 from trainer.moe import moe_layer, moe_parameters
 from trainer.parameters import Parameter, shard_axes, tree_map
 from trainer.remat import checkpointed
-from trainer.setting import Noise, Setting, varying
+from trainer.setting import TOKENS, Noise, Setting, varying
 from trainer.weights import gathered
 
 if TYPE_CHECKING:
@@ -240,7 +240,7 @@ def forward(
     def noise_of(tokens_BS: Array, number: int) -> Noise | None:
         if key is None:
             return None
-        numbers = batch["sequence_B"][:, None] * 2**14 + jnp.arange(tokens_BS.shape[1])
+        numbers = batch["sequence_B"][:, None] * TOKENS + jnp.arange(tokens_BS.shape[1])
         return Noise(jax.random.fold_in(key, number), own_sequence(s, numbers))
 
     memory = memory_segments = None

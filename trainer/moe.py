@@ -20,6 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from simulator.job.rules import slots_per_expert
 from trainer import dispatch
+from trainer.blocks import block_experts
 from trainer.gate import Routed, group_of, observe, route
 from trainer.layers import ffn_parameters, gather_sequence, network, norm, norm_parameters, post_norm, sum_tensor
 from trainer.parameters import Parameter
@@ -176,7 +177,8 @@ def moe_layer(s: Setting, moe: Moe, x_BSD: Array, p: Tree, noise: Noise | None) 
     x_GND = varying(x_GND, s.axes.expert_tensor)
     if slots is None:
         assert routed.choices is not None
-        y_GND = ragged_experts(s, moe, x_GND, routed.choices, p["experts"], noise, token_GN)
+        dropless = block_experts if s.degrees.layout == "blocks" else ragged_experts
+        y_GND = dropless(s, moe, x_GND, routed.choices, p["experts"], noise, token_GN)
     else:
         y_GND = _through_slots(s, moe, x_GND, routed, p["experts"], noise, token_GN[:, 0])
     y_BSD = checkpoint_name(tokens_back(s, y_GND.reshape(x_TD.shape), x_BSD.shape), "dispatch")

@@ -20,7 +20,7 @@ from trainer.layers import embed
 from trainer.mesh import PIPELINE
 from trainer.model import Surroundings, embedding, head, own_sequence, run_layers, stack_layers, surroundings
 from trainer.parameters import Parameter, tree_map
-from trainer.setting import Noise, Setting, axes_of, varying
+from trainer.setting import TOKENS, Noise, Setting, axes_of, varying
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -57,7 +57,7 @@ def pipelined_forward(
         around: Surroundings = surroundings(s, params["decoder"], now, "", now["tokens_BS"].shape[1], causal=True)
         noise = None
         if key is not None:
-            numbers = now["sequence_B"][:, None] * 2**14 + jnp.arange(now["tokens_BS"].shape[1])
+            numbers = now["sequence_B"][:, None] * TOKENS + jnp.arange(now["tokens_BS"].shape[1])
             noise = Noise(jax.random.fold_in(key, 1), own_sequence(s, numbers))
         y = jnp.where(stage == 0, entering, received)
         y, reports = run_layers(s, layers, shapes, held, y, around, noise, stage * len(layers))

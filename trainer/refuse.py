@@ -76,14 +76,12 @@ def _check_training(job: Job, d: Degrees, platform: str) -> None:
     if t.dispatch.transport != "collective":
         _no("training.dispatch.transport", t.dispatch.transport, "exchanges tokens by collectives")
     if d.layout == "ragged" and platform == "cpu" and d.expert > 1:
-        _no(
-            "training.capacity" if t.capacity == "dropless" else "training.dispatch.layout",
-            "dropless" if t.capacity == "dropless" else "ragged",
-            "needs an accelerator with plan.expert above 1: XLA:CPU has no ragged all-to-all; give a capacity",
-        )
-    if d.layout != "ragged" and t.capacity == "dropless":
+        cluster = job.cluster if isinstance(job.cluster, str) else "not of a CPU"
+        _no("cluster", cluster, "has no ragged all-to-all on a CPU, and other ways only for a cluster of chip cpu-host")
+    ragged = d.layout in ("ragged", "blocks")
+    if not ragged and t.capacity == "dropless":
         _no("training.capacity", "dropless", f"needs dispatch.layout ragged, not {d.layout}")
-    if d.layout == "ragged" and t.capacity != "dropless":
+    if ragged and t.capacity != "dropless":
         _no("training.dispatch.layout", "ragged", "drops nothing with it; write capacity: dropless")
 
 
@@ -123,9 +121,20 @@ def _check_attention(job: Job, a: Attention, d: Degrees, stack: str) -> None:
         _no(f"model.{stack}.attention", turned, "turns pairs: the rotary size must be even")
 
 
+def _check_forced(job: Job, moe: Moe) -> None:
+    """Forced routing names the experts of every token by its number."""
+    if moe.router.kind not in ("softmax", "sigmoid"):
+        rule = f"forces the choices of routers of kind softmax and sigmoid, not {moe.router.kind}"
+        _no("training.routing.forced", "true", rule)
+    if job.training.learning.router.second_choice == "random":
+        _no("training.learning.router.second_choice", "random", "makes every choice that training.routing.forced says")
+
+
 def _check_moe(job: Job, moe: Moe, stack: str) -> None:
     r, t = moe.router, job.training
     where = f"model.{stack}.moe"
+    if t.routing.forced:
+        _check_forced(job, moe)
     if moe.hierarchy is not None and r.kind != "noisy_top_k":
         _no(f"{where}.hierarchy", r.kind, "has two levels with router.kind noisy_top_k only")
     if r.kind == "expert_choice" and (t.capacity == "dropless" or t.dispatch.layout == "one_hot"):

@@ -66,17 +66,21 @@ def _take(x: Array, index: Array) -> Array:
 
 
 def softmax_choices(
-    logits_GNE: Array, moe: Moe, how: RouterTraining | None = None, chance_GNK: Array | None = None
-) -> Choices:
+    logits_GNE: Array, moe: Moe, how: RouterTraining | None = None, chance_GNK: Array | None = None,
+    forced_GNK: Array | None = None,
+) -> Choices:  # fmt: skip
     """Softmax over all experts, then the k largest: Switch (k = 1), GShard and ST-MoE (k = 2), Mixtral, Qwen3.
 
     A single choice keeps its probability, else the gate would be 1 and the router would get no gradient; several are
     divided by their sum (`router.renormalise`). With `second_choice: random` a later choice of gate g is made with
     probability min(1, g / threshold), `chance_GNK` in [0, 1) deciding (ST-MoE, arXiv:2202.08906, appendix G; GShard's
     threshold is 0.5). With groups, a group's worth is its best expert's (DeepSeek-V2, arXiv:2405.04434, section 2.2.2).
+    `forced_GNK` are the experts of forced routing instead; gates are as if the router had chosen them.
     """
     probabilities = jax.nn.softmax(logits_GNE, axis=-1)
-    expert = largest(limit_groups(lax.stop_gradient(probabilities), moe, 1), moe.top_k)
+    expert = forced_GNK
+    if expert is None:
+        expert = largest(limit_groups(lax.stop_gradient(probabilities), moe, 1), moe.top_k)
     gate = _take(probabilities, expert)
     if moe.router.renormalise and moe.top_k > 1:
         gate = gate / (gate.sum(-1, keepdims=True) + TINY)
@@ -87,15 +91,17 @@ def softmax_choices(
     return Choices(expert, gate * moe.router.scale, made, probabilities)
 
 
-def sigmoid_choices(logits_GNE: Array, moe: Moe, bias_E: Array | None = None) -> Choices:
+def sigmoid_choices(
+    logits_GNE: Array, moe: Moe, bias_E: Array | None = None, forced_GNK: Array | None = None
+) -> Choices:
     """DeepSeek-V3 (arXiv:2412.19437, section 2.1.2): chosen by score + bias, gated by the scores alone.
 
     With groups, only experts of the `top_groups` groups whose two best biased scores add up to most can be chosen;
-    the others are masked with minus infinity, since a biased score may be negative.
+    the others are masked with minus infinity, since a biased score may be negative. `forced_GNK` as above.
     """
     scores = jax.nn.sigmoid(logits_GNE)
     biased = lax.stop_gradient(scores if bias_E is None else scores + bias_E)
-    expert = largest(limit_groups(biased, moe, 2), moe.top_k)
+    expert = largest(limit_groups(biased, moe, 2), moe.top_k) if forced_GNK is None else forced_GNK
     gate = _take(scores, expert)
     if moe.router.renormalise and moe.top_k > 1:
         gate = gate / (gate.sum(-1, keepdims=True) + 1e-20)

@@ -64,7 +64,7 @@ def run(
     """
     progress = progress or Progress()
     degrees = resolve(job, resolve_cluster(job.cluster))
-    trainer = Trainer.of(job, degrees, devices)
+    trainer = Trainer.of(job, degrees, devices, folder)
     lead = jax.process_index() == 0
     if lead:
         check_folder(out, job, resume=resume)

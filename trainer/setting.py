@@ -17,8 +17,11 @@ if TYPE_CHECKING:
 
     from simulator.job.job import Job
     from simulator.job.rules import Degrees
+    from trainer.forced import Forced
 
 Array = jax.Array
+# Room for the tokens of a sequence in the numbers of tokens.
+TOKENS = 2**14
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,7 @@ class Setting:
     platform: str
     train: bool = True
     stack: str = "decoder"
+    forced: Forced | None = None
 
     def inside(self, stack: str) -> Setting:
         """The same for the layers of `stack`, which gives scopes their first word."""
@@ -52,15 +56,17 @@ class Setting:
 class Noise:
     """Random numbers that belong to tokens, not to devices: the same on one device as on eight.
 
-    `token_BS` numbers the tokens of the global batch; every draw folds a token's number into the key of step and layer.
+    `token_BS` numbers the tokens of the global batch (`TOKENS` x sequence + position); every draw folds a token's
+    number into the key of step and layer. `layer` is the layer's number in the model.
     """
 
     key: Array
     token_BS: Array
+    layer: Array | int = 0
 
     def at(self, index: Array | int) -> Noise:
         """The noise of layer `index`."""
-        return Noise(jax.random.fold_in(self.key, index), self.token_BS)
+        return Noise(jax.random.fold_in(self.key, index), self.token_BS, index)
 
     def uniform(
         self, name: int, shape: tuple[int, ...], token: Array | None = None, part: Array | None = None

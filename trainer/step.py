@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -18,6 +19,8 @@ import optax
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from simulator.job.popularity import forced_counts
+from trainer.forced import Forced
 from trainer.gradients import local_gradients, local_losses, total_weight
 from trainer.mesh import Axes, make_axes, make_mesh
 from trainer.model import model_parameters
@@ -59,13 +62,18 @@ class Trainer:
     axes: Axes
     mesh: Any
     platform: str
+    forced: Forced | None = None
 
     @classmethod
-    def of(cls, job: Job, degrees: Degrees, devices: Sequence[Any]) -> Trainer:
-        """The trainer of `job` on the first devices of `devices`; QuestionError for what cannot be run."""
+    def of(cls, job: Job, degrees: Degrees, devices: Sequence[Any], folder: Path | None = None) -> Trainer:
+        """The trainer of `job` on the first devices of `devices`; QuestionError for what cannot be run.
+
+        `folder` is the job's, for recorded routing that is forced.
+        """
         check_runnable(job, degrees, str(devices[0].platform))
         axes = make_axes(job, degrees)
-        out = cls(job, degrees, axes, make_mesh(axes, devices), str(devices[0].platform))
+        forced = Forced.of(job, forced_counts(job, folder or Path())) if job.training.routing.forced else None
+        out = cls(job, degrees, axes, make_mesh(axes, devices), str(devices[0].platform), forced)
         check_shardable(out.abstract, axes)
         return out
 
@@ -152,7 +160,7 @@ class Trainer:
     def setting(self, *, train: bool = True) -> Setting:
         """What the model needs to know."""
         compute = COMPUTE[self.job.training.precision]
-        return Setting(self.job, self.degrees, self.axes, compute, self.platform, train)
+        return Setting(self.job, self.degrees, self.axes, compute, self.platform, train, forced=self.forced)
 
     @cached_property
     def step(self) -> Any:

@@ -15,12 +15,13 @@ from numpy.typing import NDArray
 
 from hw_profiles.errors import QuestionError
 from simulator.engine.placement import Ranks, balance, place_contiguous, place_dealt, read_placement, split_matrix
-from simulator.engine.replay import read_counts
 from simulator.job.job import Job, Routing
 from simulator.job.model import Moe
-from simulator.job.rules import Degrees
+from simulator.job.popularity import layer_generator, layer_shares, one_width, recorded_counts
+from simulator.job.rules import Degrees, rows_per_block
+from simulator.workload.blocks import balanced_rows, works_in_blocks
 from simulator.workload.feedforward import slots_of
-from simulator.workload.routing import Slots, choice_spread, chosen_shares, dirichlet_popularity
+from simulator.workload.routing import Slots, choice_spread
 
 Array = NDArray[np.float64]
 
@@ -44,7 +45,10 @@ class MoeLayer:
 
 @dataclass(frozen=True, slots=True)
 class LoadPlan:
-    """What loads are drawn for. `recorded` are counts per layer, [E] each; `fixed` a placement per layer."""
+    """What loads are drawn for. `recorded` are counts per layer, [E] each; `fixed` a placement per layer.
+
+    `blocks`: experts work through their rows in blocks (the trainer on a CPU), so that work is in whole ones.
+    """
 
     layers: tuple[MoeLayer, ...]
     stages: int
@@ -56,6 +60,7 @@ class LoadPlan:
     noise: bool = True
     recorded: tuple[Array, ...] | None = None
     fixed: tuple[Ranks, ...] | None = None
+    blocks: bool = False
 
 
 def moe_layers(job: Job, degrees: Degrees) -> tuple[MoeLayer, ...]:
@@ -83,7 +88,8 @@ def expert_loads(
     """Loads of `groups` expert groups over a step of `job`.
 
     `folder` is the job's, for recorded counts and placement files; without `noise` every microbatch has exactly the
-    expected load. Raises QuestionError, one line, for a bad file or more replicas than experts.
+    expected load, and so has forced routing, whose popularity is drawn from `training.learning.seed`. Raises
+    QuestionError, one line, for a bad file or more replicas than experts.
     """
     routing, ranks = job.training.routing, degrees.expert
     layers = moe_layers(job, degrees) if ranks > 1 or routing.model == "replay" else ()
@@ -95,7 +101,7 @@ def expert_loads(
             )
     fixed = None
     if routing.placement_file is not None and layers:
-        experts = _one_width(layers, "training.routing.placement_file", routing.placement_file)
+        experts = one_width([x.moe for x in layers], "training.routing.placement_file", routing.placement_file)
         fixed = tuple(read_placement(routing.placement_file, folder or Path(), len(layers), experts, ranks))
     return ExpertLoads(
         LoadPlan(
@@ -106,27 +112,18 @@ def expert_loads(
             microbatches=degrees.microbatches,
             groups=groups,
             dropless=job.training.capacity == "dropless",
-            noise=noise and routing.model != "even",
+            noise=noise and routing.model != "even" and not routing.forced,
             recorded=_recorded(job, layers, folder or Path()) if routing.model == "replay" and layers else None,
             fixed=fixed,
+            blocks=works_in_blocks(job, degrees),
         ),
-        seed,
+        job.training.learning.seed if routing.forced else seed,
     )
-
-
-def _one_width(layers: tuple[MoeLayer, ...], field: str, value: str) -> int:
-    if len({x.moe.experts for x in layers}) > 1:
-        raise QuestionError(f"{field} = {value!r:.60}: needs a model whose layers have equally many experts")
-    return layers[0].moe.experts
 
 
 def _recorded(job: Job, layers: tuple[MoeLayer, ...], folder: Path) -> tuple[Array, ...]:
     """Recorded counts of each layer, [E]; QuestionError for a bad file."""
-    name = job.training.routing.file
-    assert name is not None
-    experts = _one_width(layers, "training.routing.file", name)
-    sent = [job.batch.sequences * x.length * x.moe.top_k for x in layers]
-    return tuple(read_counts(name, folder, [x.number for x in layers], experts, sent))
+    return recorded_counts(job, [(x.number, x.moe, x.length) for x in layers], folder)
 
 
 class ExpertLoads:
@@ -137,13 +134,15 @@ class ExpertLoads:
         self._known: dict[bytes, Ranks] = {}
         self._last: tuple[int, Array] | None = None
         shape = (len(plan.layers), plan.groups, plan.microbatches)
-        excess = np.zeros(shape)
+        excess, rows = np.zeros(shape), np.zeros(shape)
         self._most = 0.0
         if plan.ranks > 1:
             for i, layer in enumerate(plan.layers):
                 peaks = self.draw_layer(i).max(axis=-1)
                 self._most = max(self._most, float(peaks.max()))
                 excess[i] = peaks * (plan.ranks / (layer.tokens * layer.moe.top_k)) - 1
+                if plan.blocks:
+                    rows[i] = self.block_rows(i).max(axis=-1) / self._priced_rows(layer) - 1
         elif plan.layers:
             self._most = max(x.tokens * x.moe.top_k for x in plan.layers)
         self._mean = 1 + float(excess.mean()) if excess.size else 1.0
@@ -152,18 +151,19 @@ class ExpertLoads:
             own = [i for i, x in enumerate(plan.layers) if x.stage == stage]
             # Slots pad every rank to the same work.
             if own and plan.dropless:
-                by_stage[:, stage] = excess[own].mean(axis=0)
+                by_stage[:, stage] = (rows if plan.blocks else excess)[own].mean(axis=0)
         # Lists of plain numbers: the engine looks one up per event.
         self._excess: list[list[list[float]]] = np.maximum(by_stage, 0.0).tolist()
 
     def resample(self, seed: int) -> ExpertLoads:
-        """Another step of the same job: popularity and choices drawn anew."""
-        return ExpertLoads(self.plan, seed)
+        """Another step of the same job: popularity and choices drawn anew, but for forced routing."""
+        return ExpertLoads(self.plan, self.seed if self.plan.routing.forced else seed)
 
     def excess(self, group: int, stage: int, microbatch: int) -> float:
         """Busiest rank over the mean, minus one, averaged over the layers with experts of a model stage.
 
-        Zero under a capacity, where slots pad every rank to the same work.
+        In blocks: its rows, in whole ones, over what work at balance is priced with. Zero under a capacity, where
+        slots pad every rank to the same work.
         """
         return self._excess[group][stage][microbatch]
 
@@ -184,7 +184,12 @@ class ExpertLoads:
 
     def shares(self, layer: int) -> Array:
         """Chance that a token of `layer` chooses each expert, [E]; sums to k."""
-        return layer_shares(np.random.default_rng([self.seed, layer]), self.plan, layer)
+        return self._shares(layer_generator(self.seed, layer), layer)
+
+    def _shares(self, rng: np.random.Generator, i: int) -> Array:
+        recorded = None if self.plan.recorded is None else self.plan.recorded[i]
+        shares: Array = layer_shares(rng, self.plan.routing, self.plan.layers[i].moe, recorded)
+        return shares
 
     def placement(self, layer: int) -> Ranks:
         """Experts of each rank of `layer`."""
@@ -208,29 +213,39 @@ class ExpertLoads:
 
     def draw_layer(self, i: int) -> Array:
         """Loads of one layer (counted from 0), [G, M, R]; the generator depends on seed and layer only."""
-        rng = np.random.default_rng([self.seed, i])
-        layer, plan = self.plan.layers[i], self.plan
-        shares = layer_shares(rng, plan, i)
+        plan = self.plan
+        if plan.blocks:
+            loads, split = self._expert_loads(i)
+            return loads @ split.T
+        rng = layer_generator(self.seed, i)
+        layer = plan.layers[i]
+        shares = self._shares(rng, i)
         split = split_matrix(self._placement(i, shares), len(shares))
         noise = plan.noise and layer.moe.router.kind != "expert_choice"
         return draw_loads(rng, layer.tokens, layer.moe.top_k, shares, split, (plan.groups, plan.microbatches), noise)
 
+    def _expert_loads(self, i: int) -> tuple[Array, Array]:
+        """Loads of the experts of one layer, [G, M, E], and the part of each that is on each rank, [R, E]."""
+        rng, layer, plan = layer_generator(self.seed, i), self.plan.layers[i], self.plan
+        shares = self._shares(rng, i)
+        split = split_matrix(self._placement(i, shares), len(shares))
+        alone, shape = np.eye(len(shares)), (plan.groups, plan.microbatches)
+        return draw_loads(rng, layer.tokens, layer.moe.top_k, shares, alone, shape, plan.noise), split
 
-def layer_shares(rng: np.random.Generator, plan: LoadPlan, i: int) -> Array:
-    """Chance that a token of layer `i` chooses each expert, [E], under the plan's model of routing; sums to k."""
-    moe, routing = plan.layers[i].moe, plan.routing
-    popularity = np.ones(moe.experts)
-    if moe.router.kind == "expert_choice":
-        # Experts choose their tokens: every one is exactly full.
-        pass
-    elif routing.exponent is not None:
-        popularity = rng.permutation(np.arange(1.0, moe.experts + 1) ** -routing.exponent)
-    elif routing.concentration is not None:
-        popularity = dirichlet_popularity(rng, routing.concentration, (moe.experts,))
-    elif plan.recorded is not None:
-        popularity = plan.recorded[i]
-    shares: Array = chosen_shares(popularity, moe.top_k)
-    return shares
+    def block_rows(self, i: int) -> Array:
+        """Rows that each rank works on in one layer, [G, M, R]: its experts' loads, each rounded up to whole blocks."""
+        loads, split = self._expert_loads(i)
+        layer = self.plan.layers[i]
+        block = rows_per_block(layer.tokens * layer.moe.top_k / layer.moe.experts)
+        # A billionth absorbs what shares lose of whole numbers.
+        blocks = np.ceil(loads[..., None, :] * split / block - 1e-9)
+        rows: Array = block * np.maximum(blocks, 0.0).sum(axis=-1)
+        return rows
+
+    def _priced_rows(self, layer: MoeLayer) -> float:
+        """Rows of a rank with which the workload prices the layer's experts."""
+        each = layer.moe.experts / self.plan.ranks
+        return float(each * balanced_rows(self.plan.routing, layer.tokens * layer.moe.top_k / layer.moe.experts))
 
 
 def draw_loads(
@@ -313,6 +328,7 @@ def expected_drops(job: Job, degrees: Degrees, *, folder: Path | None = None, se
     if job.training.capacity == "dropless":
         return 0.0
     layers = moe_layers(job, degrees)
+    seed = job.training.learning.seed if job.training.routing.forced else seed
     recorded = _recorded(job, layers, folder or Path()) if job.training.routing.model == "replay" and layers else None
     plan = LoadPlan(layers, 1, job.training.routing, 1, 1, 1, dropless=False, recorded=recorded)
     known: dict[bytes, float] = {}
@@ -320,7 +336,8 @@ def expected_drops(job: Job, degrees: Degrees, *, folder: Path | None = None, se
     for i, layer in enumerate(layers):
         slots = slots_of(job, layer.moe, layer.length, degrees.microbatch_sequences * layer.length)
         assert slots is not None
-        shares = layer_shares(np.random.default_rng([seed, i]), plan, i)
+        recorded_E = None if recorded is None else recorded[i]
+        shares = layer_shares(layer_generator(seed, i), plan.routing, layer.moe, recorded_E)
         key = np.sort(shares).tobytes()
         if plan.routing.model == "even" or layer.moe.router.kind == "expert_choice":
             out.append(max(0.0, 1 - slots.per_expert / (slots.group * float(shares[0]))))

@@ -144,6 +144,8 @@ class Routing(Section):
     `placement` says which rank holds which experts: blocks by index (unrelated to popularity), dealt in turn from the
     most to the least popular, or packed by load. `replicas` are further slots of every rank for copies of hot experts
     (redundant experts, arXiv:2412.19437, section 3.4); `placement_file` lists the experts of each rank instead.
+    `forced`: the trainer's tokens go where this model sends them, whatever the router wants, and the forecast takes
+    exactly these loads.
     """
 
     model: Literal["even", "chance", "zipf", "dirichlet", "replay"] = "chance"
@@ -153,6 +155,7 @@ class Routing(Section):
     placement: Literal["contiguous", "dealt", "balanced"] = "contiguous"
     replicas: CountOrZero = 0
     placement_file: str | None = None
+    forced: bool = False
 
     @model_validator(mode="after")
     def _complete(self) -> Routing:
@@ -164,6 +167,8 @@ class Routing(Section):
                 raise ValueError(f"{name} = {value}: goes with model {model}, not {self.model}")
         if self.replicas and self.placement != "balanced":
             raise ValueError(f"replicas = {self.replicas}: goes with placement balanced, not {self.placement}")
+        if self.forced and self.model == "chance":
+            raise ValueError("forced = true: goes with model even, zipf, dirichlet or replay, not chance")
         if self.placement_file is not None and self.placement != "contiguous":
             raise ValueError(f"placement = {self.placement}: placement_file already places the experts")
         return self

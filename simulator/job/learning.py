@@ -1,7 +1,8 @@
 """What only a run of the job needs: losses of the router, learning rate, data, evaluation, checkpoints.
 
-The simulator reads none of it; the trainer reads all of it. Fields that change neither the work of a step nor its
-outcome (how long, from which files, where to) stand in `Run` and are no part of the job's hash.
+The simulator reads none of it, but for the seed of forced routing; the trainer reads all of it. Fields that change
+neither the work of a step nor its outcome (how long, from which files, where to) stand in `Run` and are no part of the
+job's hash.
 """
 
 from __future__ import annotations

@@ -15,12 +15,15 @@ from simulator.numbers import Number, maximum, minimum, some, where
 
 # Far beyond any model, and few enough that loops over layers or experts end while somebody waits.
 MOST_LAYERS, MOST_EXPERTS, DEEPEST_FFN = 10_000, 262_144, 100
+SMALLEST_BLOCK, LARGEST_BLOCK = 8, 128
 
 
 @dataclass(frozen=True, slots=True)
 class Degrees:
     """The plan with every default filled in. All counts are JAX devices, sequences or microbatches.
 
+    `layout` is how rows lie at their experts: that of `training.dispatch`, but `blocks` where a CPU is asked for
+    `ragged`.
     Of one plan; or of many, the numbers in columns, whose chunks are counted elsewhere.
     """
 
@@ -264,7 +267,10 @@ def resolve(job: Job, cluster: Cluster, plan: Any = None, refuse: Refusal = REFU
     if p.shard == "none" and asked is not None:
         rule = "needs plan.shard: optimizer, gradients or parameters"
         refuse.need(asked == 0, "plan.shard_degree", asked, rule)
-    layout = job.training.dispatch.layout or ("ragged" if job.training.capacity == "dropless" else "slots")
+    layout: str = job.training.dispatch.layout or ("ragged" if job.training.capacity == "dropless" else "slots")
+    if layout == "ragged" and cluster.chip.kind == "cpu":
+        # XLA:CPU has no ragged all-to-all (docs/trainer.md).
+        layout = "blocks"
     return Degrees(
         data=data,
         tensor=p.tensor,
@@ -281,6 +287,17 @@ def resolve(job: Job, cluster: Cluster, plan: Any = None, refuse: Refusal = REFU
         strides=_strides(p, data),
         virtual_stages=p.virtual_stages,
     )
+
+
+def rows_per_block(mean: Number) -> Number:
+    """Rows of a block of the layout `blocks` where an expert has `mean` rows: that many, as a power of 2, 8 to 128.
+
+    Few, so that little is rounded up; enough that products run at full speed (the trainer's experts on CPU).
+    """
+    rows: Number = SMALLEST_BLOCK
+    for power in (16, 32, 64, LARGEST_BLOCK):
+        rows = where(mean >= power, power, rows)
+    return rows
 
 
 def group_tokens(capacity: Capacity, sequence_tokens: int, microbatch_tokens: int) -> int:

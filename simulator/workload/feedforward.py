@@ -13,6 +13,7 @@ from simulator.job.model import Ffn, Moe
 from simulator.job.rules import group_tokens
 from simulator.numbers import Number, some, where
 from simulator.workload.attention import tensor_collectives
+from simulator.workload.blocks import balanced_rows, padding
 from simulator.workload.habits import Habits
 from simulator.workload.ops import Comm, LayerWork, Op, add_casts, product, stream
 from simulator.workload.parameters import router_matrices
@@ -113,6 +114,18 @@ def ffn_work(
     tensor_collectives(work, prefix, tokens * hidden * habits.activation_bytes)
 
 
+def make_again_in_backward(experts: list[Op]) -> None:
+    """Change the ops of experts to those of blocks: their backward pass makes all but the last product again.
+
+    Nothing is kept for it, whatever the remat policy says.
+    """
+    for op in experts:
+        op.saved_bytes, op.dead_on_recompute = 0.0, True
+    for op in experts[:-1]:
+        op.backward_bytes = op.backward_bytes + op.bytes
+        op.backward += 1.0 if op.kind == "matmul" else 0.0
+
+
 def slots_of(job: Job, moe: Moe, sequence: int, microbatch_tokens: Number) -> Slots | None:
     """Capacity of `moe` for the job, in columns where the microbatch's tokens are one; None when dropless."""
     capacity = job.training.capacity
@@ -173,8 +186,11 @@ def moe_work(
             saved=2 * 4 * routed_tokens * scored_outputs, model_flops=2.0 * scored * d * scored_outputs / router_copies,
         )
     )  # fmt: skip
-    # Padding: slots that exist over assignments that were made.
+    # Padding: slots that exist over assignments that were made; in blocks, room for the worst case.
     fill = slots.per_expert * e / (slots.group * k) if slots is not None else 1.0
+    blocks = habits.own and layout == "blocks"
+    if blocks:
+        fill = padding(moe, experts_here)
     rows = assignments_here * fill
     sent = routed_tokens * k * fill
     row_bytes = d * width
@@ -206,19 +222,22 @@ def moe_work(
     else:
         # Gather to rows or slots, and weighted sum back: read and write every row once.
         moved = (routed_tokens + sent) * row_bytes
+        # In blocks: what the loop writes is cleared before, and brought into the order of arrival after it.
+        ordered = 3 * rows * row_bytes if blocks else 0.0
         ops.append(
             stream(
                 f"{prefix}.dispatch",
                 "dispatch",
-                moved,
-                moved + sent * row_bytes,
+                moved + ordered,
+                moved + sent * row_bytes + ordered,
                 saved=rows * d * habits.saved_input_bytes,
             )
         )
         combine = stream(f"{prefix}.combine", "dispatch", moved, 2 * moved)
         work.dispatch_buffer_bytes = work.dispatch_buffer_bytes + 2 * sent * row_bytes
     transport = job.training.dispatch.transport
-    hot = slots is None
+    # Buffers for the worst case are equally long for all ranks.
+    hot = slots is None and not blocks
     payload = sent * row_bytes
     # FP8 recipes dispatch in 8 bits and combine in 16 (DeepSeek-V3, arXiv:2412.19437 section 3.2.2).
     dispatch_payload = (
@@ -234,6 +253,10 @@ def moe_work(
                 (False, False),
             )
         )  # fmt: skip
+    if blocks:
+        # Which expert each row is for, as int32.
+        name = f"{prefix}.dispatch_all_to_all"
+        work.comms.append(Comm(name, "all_to_all", "expert", 4 * sent, 1, 0, 1, hot, transport))
     if habits.own:
         whole = routed_tokens * row_bytes
         work.comms.append(Comm(f"{prefix}.expert_tensor_gather", "sum", "expert_tensor", whole, 1, 1))
@@ -243,12 +266,16 @@ def moe_work(
     else:
         gathered = rows * row_bytes
         work.comms.append(Comm(f"{prefix}.expert_tensor_gather", "tensor", "expert_tensor", gathered, 1, 1, 1, hot))
+    each = assignments_here / experts_here
     experts = ffn_ops(
-        f"{prefix}.experts", moe.expert, habits, rows=rows / experts_here, hidden=d, split=expert_tensor,
-        groups=experts_here,
-        model_rows=assignments_here / experts_here, names=("experts", "expert_activation"), hot=hot,
+        f"{prefix}.experts", moe.expert, habits,
+        rows=balanced_rows(job.training.routing, each) if blocks else rows / experts_here,
+        hidden=d, split=expert_tensor, groups=experts_here,
+        model_rows=each, names=("experts", "expert_activation"), hot=slots is None,
         dead=habits.own,
     )  # fmt: skip
+    if blocks:
+        make_again_in_backward(experts)
     if habits.gate_after_down:
         # The gate multiplies the experts' results, whose gradient needs them.
         experts[-1].saved_bytes = rows * row_bytes

@@ -17,6 +17,7 @@ from simulator.job.job import Job
 from simulator.job.rules import Degrees
 from simulator.numbers import Number, largest, maximum, minimum, where
 from simulator.results.forecast import StageMemory
+from simulator.workload.blocks import works_in_blocks
 from simulator.workload.habits import Habits
 from simulator.workload.saved import is_recomputed, saved_bytes
 from simulator.workload.schedules import in_flight
@@ -56,7 +57,10 @@ def ragged_buffer_factor(job: Job, degrees: Degrees, habits: Habits, experts: in
     Static shapes have to hold every token on one rank (MaxText without a buffer factor; facts/aot.md). Torch allocates
     what arrived.
     """
-    if degrees.layout != "ragged" or not habits.xla or job.training.capacity != "dropless":
+    if works_in_blocks(job, degrees):
+        # The workload has those buffers as they are.
+        return 1.0
+    if degrees.layout not in ("ragged", "blocks") or not habits.xla or job.training.capacity != "dropless":
         return 1.0
     return where(degrees.expert > 1, minimum(degrees.expert, experts / top_k) * 1.0, 1.0)
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 from simulator.job.job import Capacity
 from simulator.job.model import Moe
+from simulator.job.popularity import chosen_shares, dirichlet_popularity
 from simulator.job.rules import slots_per_expert
 from simulator.numbers import Number, maximum, minimum
 
@@ -130,25 +130,6 @@ def dirichlet_busiest(
     return _skewed_busiest(moe.experts, moe.top_k, ranks, None, concentration, tokens, placement, replicas)
 
 
-def chosen_shares(popularity: Number, top_k: int) -> Number:
-    """Chance that a token chooses each expert, [..., E]: in proportion to popularity, at most 1, k in all.
-
-    Experts whose share would exceed 1 are chosen by every token; the others share what is left of the k choices.
-    """
-    import numpy as np
-
-    experts = popularity.shape[-1]
-    if top_k >= experts:
-        return np.ones_like(popularity)
-    # A floor spreads the last choices over the experts that nobody wants, where fewer than k are wanted.
-    popularity = np.maximum(popularity, 1e-12 * popularity.max(axis=-1, keepdims=True))
-    falling = -np.sort(-popularity, axis=-1)
-    tails = np.cumsum(falling[..., ::-1], axis=-1)[..., ::-1]
-    left = top_k - np.arange(experts)
-    taken = ((left > 0) & (left * falling >= tails)).sum(axis=-1, keepdims=True)
-    return np.minimum(1.0, popularity * (top_k - taken) / np.take_along_axis(tails, taken, axis=-1))
-
-
 def choice_spread(shares: Number, top_k: int, rounds: int = 8) -> Number:
     """Numbers c, [..., E], such that the counts of one token vary with diag(c) - c c^T / sum(c).
 
@@ -165,17 +146,6 @@ def choice_spread(shares: Number, top_k: int, rounds: int = 8) -> Number:
         # Below one half the fixed point is quick; a single expert with most of the spread only nears it.
         c = variance / (1 - np.minimum(0.95, c / np.maximum(c.sum(axis=-1, keepdims=True), 1e-300)))
     return c
-
-
-def dirichlet_popularity(rng: Any, concentration: float, shape: tuple[int, ...]) -> Number:
-    """Popularity of experts, [..., E], in proportion to a draw from Dirichlet(concentration)."""
-    import numpy as np
-
-    if concentration >= 0.1:
-        return rng.standard_gamma(concentration, shape)
-    # Small gamma variates underflow; their logarithms do not (Marsaglia and Tsang 2000, section 6).
-    logs = np.log(rng.standard_gamma(concentration + 1, shape)) + np.log1p(-rng.random(shape)) / concentration
-    return np.exp(logs - logs.max(axis=-1, keepdims=True))
 
 
 # Numbers drawn for one expectation: milliseconds at most, and within 1 % of the limit.
