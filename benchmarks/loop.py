@@ -147,18 +147,34 @@ def summary(before: dict[str, Any], after: dict[str, Any]) -> str:
         }
         said = ", ".join(f"{k} {statistics.median(v):.1%}" for k, v in errors.items())
         lines.append(f"steps on {devices[1:]} devices, median error: {said}")
-    for what, wanted in (("all-to-all", "all to all"), ("peak memory", "peak")):
-        rows = [r for r in after["per_row"] if r.get("op_class") == wanted]
-        if rows:
-            first = statistics.median(abs(old[r["id"]]["error"]) for r in rows if r["id"] in old)
-            lines.append(
-                f"{what}, median error: before {first:.1%}, after"
-                f" {statistics.median(abs(r['error']) for r in rows):.1%} of {len(rows)} rows"
-            )
+    lines.append(said_of("all-to-all of a step", exchanged(before), exchanged(after)))
+    for what, wanted in (("its calls", "collective"), ("peak memory", "memory")):
+        kept = {"collective": "all to all", "memory": "peak"}[wanted]
+        rows = [{r["id"]: r["error"] for r in d["per_row"] if (r["kind"], r["op_class"]) == (wanted, kept)}
+                for d in (before, after)]  # fmt: skip
+        lines.append(said_of(what, *rows))
     stated = [r for r in after["per_row"] if r["interval"]]
     inside = sum(r["interval"][0] <= r["measured"] <= r["interval"][1] for r in stated)
     lines.append(f"80 % intervals hold {inside} of {len(stated)} held-out measurements: {inside / len(stated):.0%}")
     return "\n".join(lines)
+
+
+def said_of(what: str, before: dict[str, float], after: dict[str, float]) -> str:
+    """Median errors before and after of what both have, by id."""
+    both = sorted(before.keys() & after.keys())
+    was, now = (statistics.median(abs(errors[key]) for key in both) for errors in (before, after))
+    return f"{what}, median error: before {was:.1%}, after {now:.1%} of {len(both)}"
+
+
+def exchanged(found: dict[str, Any]) -> dict[str, float]:
+    """Error of each measurement's all-to-alls of a step, summed over scopes and devices; no waiting is in them."""
+    sums: dict[str, list[float]] = {}
+    for row in found["per_row"]:
+        if (row["kind"], row["op_class"]) == ("op", "all to all"):
+            both = sums.setdefault(row["id"].partition(":")[0], [0.0, 0.0])
+            both[0] += row["forecast"]
+            both[1] += row["measured"]
+    return {name: forecast / measured - 1 for name, (forecast, measured) in sums.items()}
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
+from calibration_worlds import plain_world, small_job
 from hw_profiles import Chip, QuestionError, load_chip
 from hw_profiles.fitted_rows import rows_used
 from hw_profiles.loader import load_chip_file
@@ -117,6 +118,24 @@ def test_our_own_table_comes_back_as_it_was_made(tmp_path: Path) -> None:
     # One constant explains what is off by one factor, where it multiplies the right thing.
     step = next(g for g in found.groups if g.by == "quantity" and g.name == "step_time")
     assert step.baseline is not None and step.scores.rows == 3
+
+
+def test_a_job_measured_twice_is_scored_twice(tmp_path: Path) -> None:
+    made = of_jobs()
+    sent = [r for r in made.rows if r.level == NETWORK]
+    twice = tuple(replace(r, id=f"{r.id.split()[0]}#{i}:{r.id}") for i in (1, 2) for r in sent)
+    found = run(replace(made, rows=twice), tmp_path)
+    assert [round(r.error, 9) for r in found.scored] == [-0.2] * 6 and len(found.skipped) == 6
+
+
+def test_a_job_goes_by_its_tables_hash(tmp_path: Path) -> None:
+    """A later schema hashes a job otherwise than the version that wrote the table."""
+    made = plain_world().table([small_job(64, 128, 4)])
+    (known,) = made.jobs
+    rows = tuple(replace(r, job_hash="e" * 64) for r in made.rows)
+    old = replace(made, rows=rows, jobs={"e" * 64: made.jobs[known]})
+    first, second = ([(r.id, r.error) for r in run(t, tmp_path).scored] for t in (made, old))
+    assert first == second and len(first) > 20
 
 
 def test_choices_and_the_order_of_rows(tmp_path: Path) -> None:

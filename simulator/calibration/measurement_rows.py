@@ -72,7 +72,8 @@ class _Asked:
 
     @staticmethod
     def _scope(row: Measurement) -> tuple[Any, ...]:
-        return row.job_hash, row.name, row.device, row.statistic, row.source, row.software, row.devices, row.level
+        made = row.source, row.software, row.devices, row.device, row.statistic, row.level
+        return row.job_hash, row.taking, row.name, *made
 
     def question(self, row: Measurement) -> Question:
         """The question of `row`; QuestionError with the reason where there is none."""
@@ -138,7 +139,7 @@ class _Asked:
             raise QuestionError(f"the forecast has no op {row.name}{phase}")
         key = (class_of(row.name), row.phase)
         shares = self._compute(row)
-        if shares and row.id != self._first[row.job_hash, row.id.partition(":")[0], *key]:
+        if shares and row.id != self._first[row.job_hash, row.taking, *key]:
             raise QuestionError("counted with the first device's row: op classes are means over devices and stacks")
         seconds = shares.get(key, row.seconds)
 
@@ -161,12 +162,11 @@ class _Asked:
         A trace says how a step divides, the timed steps how long it is (observations.py).
         """
         if self._observed is None:
-            self._observed = {(o.job.hash, o.name): o.compute_s for o in observed([self.table], {})}
+            self._observed = {(o.job_hash, o.name): o.compute_s for o in observed([self.table], {})}
             for other in self.table.rows:
                 if other.kind == "op" and other.level != NETWORK:
-                    part = other.id.partition(":")[0]
-                    self._first.setdefault((other.job_hash, part, class_of(other.name), other.phase), other.id)
-        return self._observed.get((row.job_hash, row.id.partition(":")[0]), {})
+                    self._first.setdefault((other.job_hash, other.taking, class_of(other.name), other.phase), other.id)
+        return self._observed.get((row.job_hash, row.taking), {})
 
     def _memory(self, row: Measurement) -> Question:
         job = self._job(row)

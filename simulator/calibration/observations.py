@@ -41,6 +41,7 @@ class Sent:
 class Observed:
     """One job as it was measured once, per device.
 
+    `job_hash` is the table's name of the job, which a later version of the schema may hash otherwise.
     `compute_s` are seconds of a step by (class, pass), summing to the step less host and collectives. `traced` says
     whether there was a trace; without one `compute_s` is empty.
     """
@@ -55,6 +56,7 @@ class Observed:
     collectives: tuple[Sent, ...]
     all_to_all_s: float
     memory: Mapping[str, float] = field(default_factory=dict)
+    job_hash: str = ""
 
     @property
     def traced(self) -> bool:
@@ -72,7 +74,7 @@ def observed(tables: Iterable[MeasurementTable], host_s: Mapping[int, float]) ->
         groups: dict[str, list[Measurement]] = defaultdict(list)
         for row in table.rows:
             if row.job_hash:
-                groups[row.id.partition(":")[0]].append(row)
+                groups[row.taking or row.id].append(row)
         for name, rows in groups.items():
             found = _one(name, rows, table, host_s)
             if found is not None:
@@ -103,8 +105,9 @@ def _one(name: str, rows: list[Measurement], table: MeasurementTable, host_s: Ma
     left = (first.seconds or 0.0) - host_s.get(devices, 0.0) - moved
     compute = _shared_out([r for r in ops if r.level != NETWORK], seen, max(left, 0.0)) if ops else {}
     return Observed(
-        name, job, first.chip, devices, first.seconds or 0.0, moved, compute, collectives, exchanged, memory
-    )
+        name, job, first.chip, devices, first.seconds or 0.0, moved, compute, collectives, exchanged, memory,
+        first.job_hash,
+    )  # fmt: skip
 
 
 def _mean(rows: list[Measurement], devices: set[int | None], of: Any) -> float:

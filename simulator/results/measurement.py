@@ -62,6 +62,11 @@ class Measurement:
     note: str = ""
 
     @property
+    def taking(self) -> str:
+        """The measurement it is part of, which its id names before a colon; a job may be measured several times."""
+        return self.id.partition(":")[0] if ":" in self.id else ""
+
+    @property
     def waited_s(self) -> float:
         """Of an `op` row on the network: seconds of it that waited for other devices to arrive."""
         words = self.note.split()
