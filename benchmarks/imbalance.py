@@ -1,16 +1,17 @@
 """A skewed router makes a step slower: by how much, beside what the engine forecasts.
 
-    python -m benchmarks.imbalance [--profile my-cpu.yaml] [--rounds 200] [--minutes 5] [--skews 1.25 1.5 1.8] [--json]
+    python -m benchmarks.imbalance [--profile PROFILE] [--rounds 200] [--minutes 5] [--skews 1.25 1.5 1.8] [--json]
 
-One job on two CPU devices with two expert ranks, whose experts take most of a step; its routing is forced by replayed
-counts (`training.routing: {model: replay, forced: true}`): balanced, and with the busier rank at each of the skews over
-the mean. All take steps in turn, in another order every round, in one process: what else the machine does meets all
-alike. Others' work stretches steps by more than a skew does, so that steps in which our threads waited long for a
-processor (Linux counts it: /proc/self/task/*/schedstat) are left out, whatever they took: medians are over the others,
-and over all steps beside them. The slowdown is a job's median over the balanced one's; the forecast's is that of
-`forecast --engine events`, the error forecast over measured less one. The balanced job takes two steps a round: the
-second over the first is the A/A spread. Forecasts are to be within 10 %; exits with 3 where one is not, or where too
-few steps were undisturbed to tell.
+Forecasts are by a profile of this machine, which is first fitted on balanced jobs of other widths (`moecast bench`,
+`measure`, `calibrate`), or by the one that is named. One job on two CPU devices with two expert ranks, whose experts
+take most of a step; its routing is forced by replayed counts (`training.routing: {model: replay, forced: true}`):
+balanced, and with the busier rank at each of the skews over the mean. All take steps in turn, in another order every
+round, in one process: what else the machine does meets all alike. Others' work stretches steps by more than a skew
+does, so that steps in which our threads waited long for a processor (Linux counts it: /proc/self/task/*/schedstat) are
+left out, whatever they took: medians are over the others, and over all steps beside them. The slowdown is a job's
+median over the balanced one's; the forecast's is that of `forecast --engine events`, the error forecast over measured
+less one. The balanced job takes two steps a round: the second over the first is the A/A spread. Forecasts are to be
+within 10 %; exits with 3 where one is not, or where too few steps were undisturbed to tell.
 
 Letters: E experts.
 """
@@ -34,6 +35,8 @@ TARGET = 0.10
 # Of a step, what all our threads together may have waited for a processor; steps of each job that a median needs.
 WAITED, FEWEST = 0.05, 10
 EXPERTS, RANKS = 4, 2
+# Widths of model and expert that the profile is fitted on; the measured job has 256 and 4,096.
+FIT = ((256, 2048), (192, 3072), (320, 3072), (192, 5120))
 JOB: dict[str, Any] = {
     "model": {
         "name": "one-layer",
@@ -74,14 +77,35 @@ def write_jobs(folder: Path, skews: Sequence[float]) -> dict[float, dict[str, An
     return out
 
 
-def forecasts(jobs: Mapping[float, dict[str, Any]], folder: Path, profile: Path | None) -> dict[float, float]:
+def fitted(folder: Path) -> Path:
+    """A profile of this machine, from its benchmarks and balanced jobs whose widths are not the measured one's."""
+    from benchmarks.loop import run
+
+    paths = []
+    for width, hidden in FIT:
+        job = json.loads(json.dumps(JOB)) | {"name": f"balanced-{width}-{hidden}"}
+        job["model"]["hidden"], job["model"]["decoder"]["moe"]["expert"]["hidden"] = width, hidden
+        tokens = job["batch"]["sequences"] * job["batch"]["length"]
+        name = f"even-{len(paths)}.csv"
+        rows = [f"0,0,{e},{n}" for e, n in enumerate(counts(tokens, 1.0))]
+        (folder / name).write_text("\n".join(["step,layer,expert,tokens", *rows]) + "\n")
+        job["training"]["routing"] = {"model": "replay", "file": name, "forced": True}
+        paths.append(folder / f"{job['name']}.json")
+        paths[-1].write_text(json.dumps(job))
+    bench, steps, profile = (str(folder / name) for name in ("bench.parquet", "steps.parquet", "here.yaml"))
+    run("bench", "--devices", str(RANKS), "--seconds", "0.05", "-o", bench, to=sys.stderr)
+    run("measure", *map(str, paths), "--rounds", "2", "-o", steps, to=sys.stderr)
+    run("calibrate", bench, steps, "--base", "cpu-host", "-o", profile, to=sys.stderr)
+    return Path(profile)
+
+
+def forecasts(jobs: Mapping[float, dict[str, Any]], folder: Path, profile: Path) -> dict[float, float]:
     """Seconds of a step of each job by the engine."""
     from moecast import forecast, load_chip_file, load_job
 
-    chip = load_chip_file(profile) if profile else None
-    name = str(profile) if profile else None
+    chip = load_chip_file(profile)
     return {
-        skew: forecast(load_job(job), engine="events", chip=chip, profile=name, folder=folder).step_time_s
+        skew: forecast(load_job(job), engine="events", chip=chip, profile=str(profile), folder=folder).step_time_s
         for skew, job in jobs.items()
     }
 
@@ -161,7 +185,7 @@ def medians(steps: Mapping[str, Sequence[tuple[float, float]]], expected: Mappin
 def main() -> int:
     """Print the tables; 3 where a forecast misses the target or nothing can be told."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--profile", type=Path, help="a chip profile (default: the shipped cpu-host)")
+    parser.add_argument("--profile", type=Path, help="a chip profile (default: fitted here first)")
     parser.add_argument("--rounds", type=int, default=200)
     parser.add_argument("--minutes", type=float, default=5, help="no further round after that")
     parser.add_argument("--skews", type=float, nargs="+", default=[1.25, 1.5, 1.8])
@@ -172,11 +196,11 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="moecast-skew-") as scratch:
         folder = Path(scratch)
         jobs = write_jobs(folder, sorted(set(asked.skews)))
-        expected = forecasts(jobs, folder, asked.profile)
+        expected = forecasts(jobs, folder, asked.profile or fitted(folder))
         load = os.getloadavg()[0]
         steps = measured(jobs, folder, asked.rounds, asked.minutes)
     result = {
-        "profile": str(asked.profile or "cpu-host as shipped"), "cores": len(os.sched_getaffinity(0)),
+        "profile": str(asked.profile or "one fitted here"), "cores": len(os.sched_getaffinity(0)),
         "load_average": [load, os.getloadavg()[0]], "rounds": len(steps["1"]), "forecast_balanced_s": expected[1.0],
         "undisturbed": medians(steps, expected, WAITED), "all": medians(steps, expected, np.inf),
     }  # fmt: skip

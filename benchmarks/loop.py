@@ -18,7 +18,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import yaml
 
@@ -69,10 +69,10 @@ HELD_OUT = (
 )  # fmt: skip
 
 
-def run(*arguments: str) -> None:
+def run(*arguments: str, to: TextIO = sys.stdout) -> None:
     """One of our commands, shown as it runs; this script ends where it fails."""
-    print(f"\n$ moecast {' '.join(arguments)}", flush=True)
-    code = subprocess.run([sys.executable, "-m", "moecast", *arguments], check=False).returncode
+    print(f"\n$ moecast {' '.join(arguments)}", file=to, flush=True)
+    code = subprocess.run([sys.executable, "-m", "moecast", *arguments], stdout=to, check=False).returncode
     if code:
         sys.exit(code)
 
