@@ -114,7 +114,8 @@ def main() -> None:
         run("bench", "--devices", str(devices), "--seconds", "0.05", "-o", benches[-1])
     table, profile, page = (str(out / name) for name in ("steps.parquet", "here.yaml", "loop.html"))
     # All in turn: a machine whose speed drifts drifts alike for what is fitted and what is held out.
-    run("measure", *fit_jobs, *held_jobs, "--steps", str(options.steps), "--rounds", "2", "-o", table)
+    run("measure", *fit_jobs, *held_jobs, "--steps", str(options.steps), "--traced", "8", "--rounds", "2",
+        "--turns", "4", "-o", table)  # fmt: skip
     left = [f"--hold-out={v.name}" for v in held]
     run("calibrate", *benches, table, "--base", "cpu-host", *left, "-o", profile)
     run("validate", table, "--profile", profile, "--html", page)

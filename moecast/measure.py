@@ -43,6 +43,9 @@ def measure(
     steps: Annotated[int, typer.Option(min=1, max=10_000, help="Timed steps, without the profiler.")] = 20,
     traced: Annotated[int, typer.Option(min=0, max=1_000, help="Steps under the profiler after them.")] = 5,
     rounds: Annotated[int, typer.Option(min=1, max=100, help="How often all jobs are measured, in turn.")] = 1,
+    turns: Annotated[
+        int, typer.Option(min=1, max=100, help="Parts that each measurement is taken in, between all others'.")
+    ] = 1,
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="FIELD=VALUE", help="Change a field, such as plan.expert=4; repeatable."),
@@ -60,20 +63,13 @@ def measure(
     check_table(output)
     loaded = [(path, load_job(path, changes)) for path in jobs]
     if os.environ.get(CHILD):
-        _measure_here(loaded, output, steps, traced, rounds)
+        _measure_here(loaded, output, steps, traced, rounds, turns)
         return
     same = [path for path, job in loaded if sum(job.name == other.name for _, other in loaded) > 1]
     if same:
         raise QuestionError(f"{same[0]}: another job has the same name; rows are told apart by it")
-    options = [
-        "--steps",
-        str(steps),
-        "--traced",
-        str(traced),
-        "--rounds",
-        str(rounds),
-        *(f"--set={c}" for c in changes),
-    ]
+    counts = {"--steps": steps, "--traced": traced, "--rounds": rounds, "--turns": turns}
+    options = [*(text for name, n in counts.items() for text in (name, str(n))), *(f"--set={c}" for c in changes)]
     by_cluster: dict[tuple[str, int], list[Path]] = {}
     for path, job in loaded:
         cluster = resolve_cluster(job.cluster)
@@ -152,7 +148,9 @@ def child(arguments: Sequence[str]) -> None:
         raise typer.Exit(code if code > 0 else FAILED)
 
 
-def _measure_here(loaded: Sequence[tuple[Path, Job]], output: Path, steps: int, traced: int, rounds: int) -> None:
+def _measure_here(
+    loaded: Sequence[tuple[Path, Job]], output: Path, steps: int, traced: int, rounds: int, turns: int
+) -> None:
     """In a child: jobs of one cluster, measured in turn."""
     from hw_profiles.loader import resolve_cluster
     from moecast.train import check_present, prepare
@@ -168,14 +166,14 @@ def _measure_here(loaded: Sequence[tuple[Path, Job]], output: Path, steps: int, 
     from trainer.telemetry import write_routing
 
     check_present(loaded[0][0], cluster, jax.devices(), None)
-    with bar("measuring", count(len(loaded), rounds)) as done:
+    with bar("measuring", count(len(loaded), rounds, turns)) as done:
 
         def say(text: str) -> None:
             done.say(text)
             done.advance()
 
         asked = [Asked(job, path.parent) for path, job in loaded]
-        found = run(asked, jax.devices(), steps=steps, traced=traced, rounds=rounds, say=say)
+        found = run(asked, jax.devices(), steps=steps, traced=traced, rounds=rounds, turns=turns, say=say)
     routing = {}
     for one in found:
         if one.routing:

@@ -12,7 +12,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,13 +78,15 @@ def measure(
     steps: int,
     traced: int,
     rounds: int = 1,
+    turns: int = 1,
     say: Say = lambda _: None,
 ) -> list[Measured]:
     """Run jobs on `devices`: each in turn `steps` timed steps after a warm-up and `traced` ones under the profiler.
 
-    All of that happens `rounds` times, so that measurements of one job lie apart in time; what is compiled is kept, the
-    state is drawn anew. `say` is told what is done, `count` times. QuestionError for a job the trainer cannot run,
-    WorkFailed where a step fails or its trace cannot be matched with the program.
+    All of that happens `rounds` times; each of these measurements is taken in `turns` parts between those of all
+    others, so that a machine whose speed drifts drifts alike for all. What is compiled is kept, the state is drawn
+    anew. `say` is told what is done, `count` times. QuestionError for a job the trainer cannot run, WorkFailed where a
+    step fails or its trace cannot be matched with the program.
     """
     out = []
     with contextlib.ExitStack() as stack:
@@ -96,16 +98,31 @@ def measure(
         with ThreadPoolExecutor(COMPILERS) as pool:
             for made in pool.map(Ready.compile, ready):
                 say(f"{made.job.name}: compiled")
+        samples = [[Sample() for _ in ready] for _ in range(rounds)]
+        for turn in range(turns):
+            timed, seen = (n // turns + (turn < n % turns) for n in (steps, traced))
+            for part in range(rounds):
+                for made, sample in zip(ready, samples[part], strict=True):
+                    say(f"{made.job.name}: measuring")
+                    made.sample(timed, seen, sample)
         for part in range(rounds):
-            for made in ready:
-                say(f"{made.job.name}: measuring")
-                out.append(made.measured(steps, traced, str(part + 1) if rounds > 1 else ""))
+            name = str(part + 1) if rounds > 1 else ""
+            out += [made.measured(sample, name) for made, sample in zip(ready, samples[part], strict=True)]
     return out
 
 
-def count(jobs: int, rounds: int) -> int:
+def count(jobs: int, rounds: int, turns: int) -> int:
     """How often `measure` says something."""
-    return jobs * (2 + rounds)
+    return jobs * (2 + rounds * turns)
+
+
+@dataclass
+class Sample:
+    """What was seen of a job: seconds of timed steps, traced steps, what its routers did."""
+
+    seconds: list[float] = field(default_factory=list)
+    executions: list[Execution] = field(default_factory=list)
+    routing: list[LayerSeen] = field(default_factory=list)
 
 
 class Ready:
@@ -132,20 +149,28 @@ class Ready:
         self.index = Program(parse_module(self.compiled.as_text()), self.program.collectives)
         return self
 
-    def measured(self, steps: int, traced: int, part: str, job: Job | None = None) -> Measured:
-        """One measurement; `part` goes into the rows' ids. `job` is this one on the same devices with other links."""
-        job = job or self.job
+    def sample(self, steps: int, traced: int, into: Sample | None = None) -> Sample:
+        """Time `steps` steps and trace `traced` more, from the first state on, and add them to `into`."""
+        into = into or Sample()
         run = Steps(self.trainer, self.placer, self.compiled)
         run.some(WARM_UP)
-        seconds = run.some(steps)
-        executions = _traced(run, traced, job.name) if traced else ()
+        into.seconds += run.some(steps)
+        if traced:
+            into.executions += _traced(run, traced, self.job.name)
+        before = into.routing[-1].step if into.routing else 0
+        into.routing += [replace(one, step=one.step + before) for one in run.seen]
+        return into
+
+    def measured(self, sample: Sample, part: str, job: Job | None = None) -> Measured:
+        """The rows of a sample; `part` goes into their ids. `job` is this one on the same devices with other links."""
+        job = job or self.job
         maker = _Rows(job, self.cluster.chip.name, self.devices, part)
-        rows = [maker.step(seconds), *maker.memory(self.program)]
+        rows = [maker.step(sample.seconds), *maker.memory(self.program)]
         timeline: tuple[tuple[int, str, float, float], ...] = ()
-        if executions:
-            rows += _trace_rows(maker, executions, self.index, self.program, job.name)
-            timeline = tuple(intervals(executions[-1], self.index))
-        return Measured(job, tuple(rows), tuple(run.seen), timeline)
+        if sample.executions:
+            rows += _trace_rows(maker, sample.executions, self.index, self.program, job.name)
+            timeline = tuple(intervals(sample.executions[-1], self.index))
+        return Measured(job, tuple(rows), tuple(sample.routing), timeline)
 
     def close(self) -> None:
         """End what reads batches ahead."""
@@ -217,7 +242,7 @@ def _renamed(one: Execution) -> Execution:
 
 
 def _trace_rows(
-    maker: _Rows, executions: tuple[Execution, ...], index: Program, program: CompiledProgram, name: str
+    maker: _Rows, executions: Sequence[Execution], index: Program, program: CompiledProgram, name: str
 ) -> list[Measurement]:
     per_step: list[dict[int, dict[Part, Share]]] = []
     calls: list[Call] = []

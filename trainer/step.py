@@ -147,15 +147,19 @@ class Trainer:
 
     def init(self) -> State:
         """The first state, drawn on the devices that hold it."""
-        shapes = self.state_shapes()
-        shardings = jax.tree.map(lambda x: x.sharding, shapes)
+        out: State = self._first()
+        return out
+
+    @cached_property
+    def _first(self) -> Any:
+        """The jitted function that draws the first state."""
+        shardings = jax.tree.map(lambda x: x.sharding, self.state_shapes())
 
         def make() -> State:
             params = initial_values(self.abstract, self.job.training.learning.seed, self.parameter_dtype)
             return State(jnp.int32(0), params, self.optimizer.init(params))
 
-        out: State = jax.jit(make, out_shardings=shardings)()
-        return out
+        return jax.jit(make, out_shardings=shardings)
 
     def setting(self, *, train: bool = True) -> Setting:
         """What the model needs to know."""

@@ -87,7 +87,8 @@ class _Host:
             _say(f"{job.name}: compiling")
             self._ready[job.name] = Ready(Asked(job, Path.cwd()), jax.devices()).compile()
         _say(f"{job.name}: measuring {request['case']}")
-        found = self._ready[job.name].measured(request["steps"], request["traced"], request["case"], job)
+        ready = self._ready[job.name]
+        found = ready.measured(ready.sample(request["steps"], request["traced"]), request["case"], job)
         return tuple(_of_host(row, self.process) for row in found.rows)
 
     def _collectives(self, request: dict[str, Any], job: Job) -> tuple[Measurement, ...]:
