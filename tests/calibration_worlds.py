@@ -66,10 +66,11 @@ class World:
         network = Network(resolve_cluster(job.cluster, chip=self.chip))
         calls, sent = [], 0.0
         for c in answer.collectives:
-            each = c.bytes / c.count
-            seconds = float(network.rate(c.kind, c.group_size, 1).seconds(each))
-            calls.append((c.kind, c.group_size, 1, each, seconds))
-            sent += c.count * seconds
+            rate = network.rate(c.kind, c.group_size, 1)
+            # Arrays of merged all-reduces start one by one: as many as there are starts in the time.
+            starts = round((c.time_s - c.bytes * float(rate.seconds_per_byte)) / float(rate.latency_s))
+            calls.append((c.kind, c.group_size, 1, c.bytes / starts, c.time_s / starts))
+            sent += c.time_s
         return sum(compute.values()) + sent, sent, compute, calls
 
     def table(self, jobs: Sequence[Job], name: str = "world.parquet") -> MeasurementTable:

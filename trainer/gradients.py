@@ -31,7 +31,8 @@ Tree = Any
 def total_weight(s: Setting, batch: Tree) -> Array:
     """Targets that count in the whole global batch, so that microbatches and devices weigh as their tokens do."""
     total = batch["weights_BS"].sum().astype(jnp.float32)
-    return jnp.maximum(lax.psum(total, s.axes.data) if s.axes.data else total, 1)
+    with jax.named_scope("step.sums"):
+        return jnp.maximum(lax.psum(total, s.axes.data) if s.axes.data else total, 1)
 
 
 def local_gradients(t: Trainer, s: Setting, params: Tree, batch: Tree, step: Array) -> tuple[Tree, Tree]:
@@ -117,18 +118,19 @@ def _finished(t: Trainer, s: Setting, sums: Tree, reports: Tree, weight: Array) 
     """The loss and the metrics from what the devices' layers have summed up."""
     learning, how = t.job.training.learning, t.job.training.learning.router
     axes = tuple(dict.fromkeys((*s.axes.pipeline, *s.axes.data)))
-    sums = jax.tree.map(lambda x: lax.psum(varying(x, axes), axes) if axes else x, sums)
+    sums = _summed(sums, axes)
+    reports = _over_tokens(s, reports)
     loss = (sums["loss"] + learning.logits_z_loss * sums["z"]) / weight
     share = t.degrees.microbatches if s.train or t.degrees.pipeline > 1 else 1
     router: dict[str, Array] = {}
     experts: dict[str, list[Tree]] = {}
     for stack, found in reports.items():
         for parts, seen in found:
-            losses = finish(_over_tokens(s, parts), how)
+            losses = finish(parts, how)
             loss = loss + _over_stages(s, weighted(losses, how)) / share
             for name, value in losses.items():
                 router[name] = router.get(name, jnp.float32(0)) + _over_stages(s, value.sum()) / share
-            experts.setdefault(stack, []).append(_all_layers(s, _over_tokens(s, seen)))
+            experts.setdefault(stack, []).append(_all_layers(s, seen))
     metrics = {
         "loss": sums["loss"] / weight,
         "right": sums["right"] / weight,
@@ -164,15 +166,39 @@ def _over_tokens(s: Setting, tree: Tree) -> Tree:
     """
     axes = (*s.axes.data, *(s.axes.tensor if s.sequence_axes else s.axes.token_split))
     copies = s.axes.size(s.axes.expert_tensor) if s.sequence_axes else 1
+    if not axes:
+        return tree
+    named, shape = jax.tree_util.tree_flatten_with_path(tree)
+    largest = ["largest" in jax.tree_util.keystr(path) for path, _ in named]
+    tops = _joined([lax.stop_gradient(x) for (_, x), top in zip(named, largest, strict=True) if top], axes, lax.pmax)
+    sums = _joined([x / copies for (_, x), top in zip(named, largest, strict=True) if not top], axes, lax.psum)
+    return jax.tree.unflatten(shape, [tops.pop(0) if top else sums.pop(0) for top in largest])
 
-    def one(path: Any, x: Array) -> Array:
-        if not axes:
-            return x
-        if "largest" in jax.tree_util.keystr(path):
-            return lax.pmax(lax.stop_gradient(varying(x, axes)), axes)
-        return lax.psum(varying(x / copies, axes), axes)
 
-    return jax.tree_util.tree_map_with_path(one, tree)
+def _summed(tree: Tree, axes: tuple[str, ...]) -> Tree:
+    """Sums over `axes`."""
+    if not axes:
+        return tree
+    leaves, shape = jax.tree.flatten(tree)
+    return jax.tree.unflatten(shape, _joined(leaves, axes, lax.psum))
+
+
+def _joined(leaves: list[Array], axes: tuple[str, ...], reduction: Any) -> list[Array]:
+    """All leaves reduced as one array (of those that differ along the same further axes).
+
+    XLA:CPU reduces the arrays of a merged all-reduce one by one, so that each costs a start of its own.
+    """
+    out = list(leaves)
+    groups: dict[frozenset[str], list[int]] = {}
+    for i, x in enumerate(leaves):
+        groups.setdefault(frozenset(axes_of(x)) - set(axes), []).append(i)
+    for group in groups.values():
+        parts = [varying(leaves[i].astype(jnp.float32).ravel(), axes) for i in group]
+        whole = reduction(jnp.concatenate(parts), axes)
+        cuts = [sum(x.size for x in parts[:n]) for n in range(1, len(parts))]
+        for i, part in zip(group, jnp.split(whole, cuts), strict=True):
+            out[i] = part.reshape(leaves[i].shape)
+    return out
 
 
 def _over_microbatches(seen: Tree) -> Tree:

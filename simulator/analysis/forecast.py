@@ -156,7 +156,7 @@ def _collectives(stages: list[StageResult]) -> tuple[Collective, ...]:
     for c, calls, share in busiest.comms:
         if calls:
             row = rows.setdefault((c.scope, c.kind), [c.size, 0.0, 0.0, 0.0, 0.0, c.level])
-            row[1] += calls * c.parts
+            row[1] += calls if c.merged else calls * c.parts
             row[2] += calls * c.bytes
             row[3] += calls * c.seconds
             row[4] += calls * c.seconds * share

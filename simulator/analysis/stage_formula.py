@@ -15,7 +15,7 @@ from simulator.job.job import Job
 from simulator.job.rules import Degrees
 from simulator.kernels.roofline import Kernels
 from simulator.numbers import Number, maximum, minimum, some
-from simulator.workload.habits import Habits
+from simulator.workload.habits import Habits, overlap_of
 from simulator.workload.memory import Shards
 from simulator.workload.schedules import Beside, StageTimes, hidden
 
@@ -80,6 +80,7 @@ class StageFormula:
         self.costs = StateCosts(job, cluster, degrees, habits, kernels, timer)
         self.dual = job.plan.schedule == "dualpipe" and degrees.pipelined
         self.slow = cluster.chip.overlap_slowdown.value - 1
+        self.overlap = overlap_of(job, cluster.chip.kind)
         self.shards = Shards.of(degrees)
 
     def _hide(self, communication: Number, compute: Number, overlap: bool) -> Number:
@@ -95,7 +96,7 @@ class StageFormula:
     def passes(self, pieces: list[tuple[PieceTime, int]], mirrored: list[tuple[PieceTime, int]]) -> StageResult:
         """All but what happens once a step."""
         out = StageResult()
-        micro, overlap = self.degrees.microbatches, self.job.software.overlap
+        micro, overlap = self.degrees.microbatches, self.overlap
         # DualPipe's second copy of the parameters is reduced and updated too.
         both = (*pieces, *mirrored)
         dense = sum(n * t.piece.dense_parameters for t, n in both)
@@ -146,9 +147,7 @@ class StageFormula:
 
     def tail(self, out: StageResult) -> Number:
         """Seconds after the last backward pass: reductions, the update, new weights; adds them to `out`'s parts."""
-        overlap, dense, expert, layers = (
-            self.job.software.overlap, out.dense_parameters, out.expert_parameters, out.layers,
-        )  # fmt: skip
+        overlap, dense, expert, layers = self.overlap, out.dense_parameters, out.expert_parameters, out.layers
         update = self.costs.update_s(dense, expert)
         out.compute_s = out.compute_s + update
         once = [] if self.costs.every_microbatch else self.costs.reductions(out.summed_parameters, expert, out.calls)
@@ -166,7 +165,7 @@ class StageFormula:
         together. DualPipe runs a forward and a backward together, so that either's communication hides behind both;
         ZB-H1 runs the weight gradient apart, and nothing hides behind that but the reductions at the end.
         """
-        overlap, micro = self.job.software.overlap, self.degrees.microbatches
+        overlap, micro = self.overlap, self.degrees.microbatches
         forward = t.forward_s
         weight = t.backward_weight_s
         split = self.job.plan.schedule == "zb-h1" and self.degrees.pipelined
@@ -240,7 +239,7 @@ class StageFormula:
                     continue
                 scope = f"{name}.{'experts' if axis == 'expert_data' else 'parameters'}.all_gather"
                 comm = CommTime(scope, "all_gather", size, bytes_, 1.0, passes - 1.0, one, rate.level, parts=parts)
-                hidden = self._hide(one * passes, t.compute_s, self.job.software.overlap.parameters)
+                hidden = self._hide(one * passes, t.compute_s, self.overlap.parameters)
                 out.comms.append((comm, n * often * passes, hidden / maximum(one * passes, 1e-30)))
         return seconds, seconds if passes == 2 else 0.0
 

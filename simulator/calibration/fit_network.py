@@ -117,11 +117,11 @@ def _fitted(
         if len(own) < FEWEST:
             notes.append(f"{family}: {len(own)} rows, at least {FEWEST} are needed: not fitted")
             continue
-        # The ring's rate is the all-reduce's too: the simulator has one for both.
-        ring = changes.get("ring_efficiency")
-        fixed = 1 / ring.value if family == "all_reduce" and isinstance(ring, Quantity) else None
-        fit = _fit(own, family, fixed, stays=rate is not None)
-        passes = fit.over * ring.value if family == "reduce_scatter" and isinstance(ring, Quantity) else 1.0
+        fit = _fit(own, family, stays=rate is not None)
+        # Rings and reductions share the network's one efficiency: what reductions take beyond it counts as more bytes.
+        ring = changes.get("ring_efficiency", network.ring_efficiency)
+        assert isinstance(ring, Quantity)
+        passes = fit.over * ring.value if family in ("reduce_scatter", "all_reduce") else 1.0
         spread, share = quantiles(fit.ratios), 1 / fit.over
         wire = f"{share:.3g} of the card's rate" if rate is None else f"{share * rate * 1e-9:.3g} GB/s on the wire"
         notes.append(
@@ -177,8 +177,8 @@ def _weights(rows: Sequence[Timed]) -> NDArray[np.float64]:
     return out
 
 
-def _fit(paces: Sequence[Pace], family: str, fixed: float | None, *, stays: bool) -> _Fit:
-    """Robust least squares of the logarithms; `fixed` is the time on the wire where it is known already."""
+def _fit(paces: Sequence[Pace], family: str, *, stays: bool) -> _Fit:
+    """Robust least squares of the logarithms."""
     from scipy.optimize import least_squares
 
     rows = [row for row, _, _ in paces]
@@ -192,8 +192,7 @@ def _fit(paces: Sequence[Pace], family: str, fixed: float | None, *, stays: bool
     weights = _weights(rows)
 
     def model(x: NDArray[np.float64]) -> NDArray[np.float64]:
-        over = x[2] if fixed is None else fixed
-        out: NDArray[np.float64] = (x[0] + x[1] * hops) * 1e-6 * starts + over * (wire + x[3] * own)
+        out: NDArray[np.float64] = (x[0] + x[1] * hops) * 1e-6 * starts + x[2] * (wire + x[3] * own)
         return out
 
     def off(x: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -206,4 +205,4 @@ def _fit(paces: Sequence[Pace], family: str, fixed: float | None, *, stays: bool
     x = least_squares(off, np.clip(guess, low, high), bounds=(low, high), loss="soft_l1", x_scale=[10, 10, 1, 1]).x
     told = "" if several else "; groups of one size only: start and steps cannot be told apart"
     ratios = [float(r) for r in seconds / model(x)]
-    return _Fit(float(x[0]), float(x[1]), float(x[2]) if fixed is None else fixed, float(x[3]), ratios, told)
+    return _Fit(float(x[0]), float(x[1]), float(x[2]), float(x[3]), ratios, told)

@@ -115,7 +115,9 @@ class _Asked:
         # Where a table tells the network's part of a scope, the rest of it is copies, which the forecast does not have.
         apart = (row.job_hash, row.name) in self._networked
         if row.level == NETWORK or (sent and not computed and not apart):
-            kinds = sorted({c.kind for c in shipped.collectives if c.scope == row.name})
+            # The forecast has the way back of a dispatch under a name of its own; a trace has it as another pass.
+            scopes = row.name, f"{row.name}_backward"
+            kinds = sorted({c.kind for c in shipped.collectives if c.scope in scopes})
             if not kinds:
                 raise QuestionError(f"the forecast has no collective {row.name}{phase}")
             peers = self._together[self._scope(row)]
@@ -128,7 +130,7 @@ class _Asked:
                 raise QuestionError(f"all of {row.name} was waiting for other devices")
 
             def ask_collective(chip: Chip | None, engine: str) -> Answer:
-                rows = [c for c in job.ask(chip, engine).collectives if c.scope == row.name]
+                rows = [c for c in job.ask(chip, engine).collectives if c.scope in scopes]
                 return Answer(sum(c.time_s for c in rows))
 
             name = ", ".join(kinds).replace("_", " ")

@@ -34,7 +34,7 @@ class Sent:
     stride: int
     bytes: float
     seconds: float
-    samples: int = 1
+    samples: float = 1
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def _one(name: str, rows: list[Measurement], table: MeasurementTable, host_s: Ma
     sent = [r for r in ops if r.level == NETWORK]
     moved = _mean(sent, seen, lambda r: (r.seconds or 0.0) - r.waited_s)
     collectives = tuple(
-        Sent(r.name, r.group_size, r.stride, r.bytes or 0.0, r.seconds, r.samples) for r in rows
+        Sent(r.name, r.group_size, r.stride, r.bytes or 0.0, r.seconds, r.samples * r.calls) for r in rows
         if r.kind == "collective" and r.seconds is not None
     )  # fmt: skip
     exchanged = _mean([r for r in sent if "all_to_all" in r.name or r.name == "embedding.exchange"], seen,

@@ -39,7 +39,8 @@ class OpTime:
 class CommTime:
     """One collective: group, bytes per call, calls of one microbatch, seconds a call.
 
-    A call may be of `parts`, one after the other, that share its bytes and whose seconds it has.
+    A call may be of `parts`, one after the other, that share its bytes and whose seconds it has; `merged` ones are one
+    call of the program.
     `hot_s` is what a load of twice the mean on the busiest rank adds to a call.
     """
 
@@ -56,6 +57,7 @@ class CommTime:
     hot_s: Number = 0.0
     to_experts: tuple[bool, bool] = (True, True)
     parts: Number = 1.0
+    merged: bool = False
 
 
 @dataclass(slots=True)

@@ -31,7 +31,8 @@ class StateCosts:
         rate = self.timer.rate_of(kind, size, axis, apart)
         stride = self.degrees.strides[axis] * apart
         seconds = parts * rate.seconds(bytes_ / parts)
-        return CommTime(scope, kind, size, bytes_, 0, 1, seconds, rate.level, stride, parts=parts)
+        merged = kind == "all_reduce"
+        return CommTime(scope, kind, size, bytes_, 0, 1, seconds, rate.level, stride, parts=parts, merged=merged)
 
     def calls(self, pieces: Iterable[tuple[Piece, Number]]) -> tuple[Number, Number]:
         """Calls that reduce (or gather, ZeRO 1) a stage's dense and expert weights; `pieces` with their counts.
@@ -68,16 +69,18 @@ class StateCosts:
                 scatter = self._comm(f"{what}.reduce_scatter", "reduce_scatter", shard, axis, split, parts=parts)
                 out.append(scatter)
                 if some(size > shard):
+                    between = size // shard
                     out.append(
-                        self._comm(f"{what}.all_reduce", "all_reduce", size // shard, axis, split / shard, shard)
+                        self._comm(f"{what}.all_reduce", "all_reduce", between, axis, split / shard, shard, parts)
                     )
                 if some(whole):
-                    out.append(self._comm(f"{what}.all_reduce", "all_reduce", size, axis, where(whole, bytes_, 0.0)))
+                    all_ = where(whole, bytes_, 0.0)
+                    out.append(self._comm(f"{what}.all_reduce", "all_reduce", size, axis, all_, parts=parts))
             elif zero == "optimizer":
                 scatter = self._comm(f"{what}.reduce_scatter", "reduce_scatter", size, axis, bytes_, parts=parts)
                 out.append(scatter)
             else:
-                out.append(self._comm(f"{what}.all_reduce", "all_reduce", size, axis, bytes_))
+                out.append(self._comm(f"{what}.all_reduce", "all_reduce", size, axis, bytes_, parts=parts))
         return out
 
     def _reduces_whole(self, shard: Number) -> Number:
@@ -102,6 +105,12 @@ class StateCosts:
                 if some(size > 1) and some(parameters > 0):
                     bytes_ = parameters * self.habits.new_weight_bytes
                     out.append(self._comm(f"{what}.all_gather", "all_gather", size, axis, bytes_, parts=parts))
+        if self.habits.each_array and some(self.degrees.expert > 1):
+            # Squares of the experts' gradients, for the norm that is reported and the one that clips.
+            sums = calls[1] * (1 if self.job.training.learning.clip_norm is None else 2)
+            out.append(
+                self._comm("optimizer.update", "all_reduce", self.degrees.expert, "expert", 4.0 * sums, parts=sums)
+            )
         return out
 
     def update_s(self, dense: Number, expert: Number) -> Number:

@@ -12,7 +12,7 @@ from simulator.costs.piece_times import CommTime, PieceTime
 from simulator.costs.reductions import StateCosts
 from simulator.job.job import Job
 from simulator.job.rules import Degrees
-from simulator.workload.habits import Habits
+from simulator.workload.habits import Habits, overlap_of
 from simulator.workload.memory import Shards
 from simulator.workload.saved import saved_bytes
 from simulator.workload.stages import Workload, offload_names, recompute_names
@@ -97,6 +97,7 @@ class WorkBuilder:
         self, job: Job, degrees: Degrees, habits: Habits, workload: Workload, times: list[PieceTime], costs: StateCosts
     ) -> None:
         self.job, self.degrees, self.habits = job, degrees, habits
+        self.overlap = overlap_of(job, costs.cluster.chip.kind)
         self.workload, self.times, self.costs = workload, times, costs
         self.shards = Shards.of(degrees)
         self.names, self.offload = recompute_names(job), offload_names(job)
@@ -122,7 +123,7 @@ class WorkBuilder:
         dense = sum(p.dense_parameters * n for p, n in pairs)
         expert = sum(p.expert_parameters * n for p, n in pairs)
         layers = max(1, sum(c.layers for c in chunks))
-        overlap = self.job.software.overlap
+        overlap = self.overlap
         summed = sum(p.dense_parameters * n for p, n in pairs if p.is_reduced)
         calls = self.costs.calls(pairs)
         reductions = [_whole(c, "gradients", overlap.gradients) for c in self.costs.reductions(summed, expert, calls)]
@@ -168,7 +169,7 @@ class WorkBuilder:
         return ChunkWork(forward, inputs, weight, kept, layers)
 
     def _all_to_alls(self, forward: PassWork, inputs: PassWork, t: PieceTime, n: int) -> None:
-        beside = self.job.software.overlap.all_to_all
+        beside = self.overlap.all_to_all
         for c in t.comms:
             if c.kind != "all_to_all":
                 continue
@@ -186,7 +187,7 @@ class WorkBuilder:
         """FSDP: a layer's weights are gathered for each pass of each microbatch, the head's only for the forward."""
         if self.job.plan.shard != "parameters" or not t.piece.is_gathered:
             return
-        beside = self.job.software.overlap.parameters
+        beside = self.overlap.parameters
         for axis, size, parameters, parts in (
             ("replica", self.shards.dense, t.piece.dense_parameters, t.piece.dense_calls),
             ("expert_data", self.shards.expert, t.piece.expert_parameters, t.piece.expert_calls),

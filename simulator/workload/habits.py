@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from simulator.job.job import Job
+from simulator.job.job import Job, Overlap
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1}
 XLA_STACKS = ("moecast", "t5x", "mesh-tensorflow", "maxtext")
@@ -37,7 +37,7 @@ class Habits:
     experts' results, not their last product's input. `own`: our trainer's program (trainer/), in which gates travel
     with their tokens, FSDP exchanges what was looked up and not the input table, ranks that slice an expert add up at
     home, and tensor ranks that split tokens gather them again. `each_array`: every array of weights is gathered, and
-    its gradient scattered, by a call of its own; all-reduces are merged (XLA:CPU).
+    its gradient scattered, by a call of its own; all-reduces are merged, and go one array after the other (XLA:CPU).
     """
 
     xla: bool
@@ -65,6 +65,13 @@ class Habits:
     first_moment_bytes: float
     second_moment_bytes: float
     factored_second_moment: bool
+
+
+def overlap_of(job: Job, chip_kind: str) -> Overlap:
+    """What communicates beside compute: on a CPU nothing, since the cores that compute also carry the messages."""
+    if chip_kind == "cpu":
+        return Overlap(all_to_all=False, gradients=False, parameters=False)
+    return job.software.overlap
 
 
 def habits_of(job: Job, chip_kind: str, *, accumulates: bool = False) -> Habits:
