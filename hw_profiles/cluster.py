@@ -15,12 +15,14 @@ from hw_profiles.schema import Chip
 class Protocols:
     """How a library runs one collective: (start, step) in seconds and share of the rate per protocol; own share's cost.
 
-    The last protocol is that of large messages. `passes` are the bytes it sends over those of the algorithm assumed.
+    The last protocol is that of large messages. `passes` are the bytes it sends over those of the algorithm assumed,
+    `array` the start of a further array of a merged call over the first's.
     """
 
     lines: tuple[tuple[float, float, float], ...]
     own: float
     passes: float = 1.0
+    array: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -187,7 +187,9 @@ def _protocols(network: ScaleUp | ScaleOut) -> dict[str, Any]:
     """What was measured of each collective, its latencies in seconds."""
     unit = network.latency_us.value * 1e-6
     return {
-        name: Protocols(tuple((p.start * unit, p.step * unit, p.share) for p in fit.protocols), fit.own, fit.passes)
+        name: Protocols(
+            tuple((p.start * unit, p.step * unit, p.share) for p in fit.protocols), fit.own, fit.passes, fit.array
+        )
         for name, fit in network.collectives.items()
     }
 

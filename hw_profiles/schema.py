@@ -84,10 +84,14 @@ class OpClass(Record):
     jobs: int
 
 
+CollectiveFamily = Literal["ring", "reduce_scatter", "all_reduce", "in_switch", "all_to_all"]
+
+
 class Sharing(Record):
     """By how much each of `devices` at work at once is slower than the profile says, since they share a host.
 
-    Factors of time: of compute, of memory traffic, of a collective's start, and of a byte on the wire.
+    Factors of time: of compute, of memory traffic, of a collective's start, and of a byte on the wire; `families` has
+    start and wire of those that were fitted apart.
     """
 
     devices: Annotated[int, Field(ge=1)]
@@ -95,6 +99,11 @@ class Sharing(Record):
     memory: PositiveFloat
     start: PositiveFloat
     wire: PositiveFloat
+    families: dict[CollectiveFamily, tuple[PositiveFloat, PositiveFloat]] = {}
+
+    def of(self, family: CollectiveFamily) -> tuple[float, float]:
+        """Start and wire of a family's collectives."""
+        return self.families.get(family, (self.start, self.wire))
 
 
 class StepSpread(Record):
@@ -152,14 +161,16 @@ class Regime(Record):
 class Regimes(Record):
     """The protocols that a library chooses from, smallest messages first; a message takes the fastest.
 
-    The last has share 1, the network's efficiency. `own` is the time of a byte that stays on the device over that of a
-    byte on the wire, for groups in one domain. `passes` are the bytes that the library sends over those of the
-    simulator's algorithm. `residuals` are quantiles of measured/modelled time, fitted rows.
+    The last has share 1, the network's efficiency. `own` is the time of a byte that stays on the device over that
+    of a byte on the wire, for groups in one domain. `passes` are the bytes that the library sends over those of the
+    simulator's algorithm. `array`: where a merged call goes array by array, a further one's start over the first's.
+    `residuals` are quantiles of measured/modelled time, fitted rows.
     """
 
     protocols: Annotated[tuple[Regime, ...], Field(min_length=1)]
     own: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     passes: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    array: Annotated[float, Field(ge=0, le=1)] = 1.0
     source: str
     date: str
     confidence: Confidence
@@ -187,9 +198,6 @@ class TokenTransport(Record):
     dispatch_sm_gb_per_s: Quantity
     combine_sm_gb_per_s: Quantity
     sms: Quantity
-
-
-CollectiveFamily = Literal["ring", "reduce_scatter", "all_reduce", "in_switch", "all_to_all"]
 
 
 class ScaleUp(Record):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from math import exp, log
 
-from hw_profiles.schema import Chip, Curve, Quantity, Sharing
+from hw_profiles.schema import Chip, CollectiveFamily, Curve, Quantity, Regimes, Sharing
 
 
 def at_work(chip: Chip, devices: int) -> Chip:
@@ -32,6 +32,7 @@ def at_work(chip: Chip, devices: int) -> Chip:
         update={
             "latency_us": _scaled(up.latency_us, s.start),
             **{name: _scaled(q, 1 / s.wire) for name, q in wire.items() if q is not None},
+            "collectives": {name: _apart(fit, s, name) for name, fit in up.collectives.items()},
         }
     )
     return chip.model_copy(
@@ -53,13 +54,28 @@ def factors(points: tuple[Sharing, ...], devices: int) -> Sharing:
     if devices >= last.devices:
         more = devices / last.devices
         grown = {name: getattr(last, name) * more for name in ("compute", "memory", "wire")}
-        return last.model_copy(update={"devices": devices, **grown})
+        apart = {name: (start, wire * more) for name, (start, wire) in last.families.items()}
+        return last.model_copy(update={"devices": devices, **grown, "families": apart})
     i = next(i for i, p in enumerate(known) if p.devices > devices)
     a, b = known[i - 1], known[i]
     share = log(devices / a.devices) / log(b.devices / a.devices)
     names = ("compute", "memory", "start", "wire")
-    between = {n: exp(log(getattr(a, n)) * (1 - share) + log(getattr(b, n)) * share) for n in names}
-    return Sharing(devices=devices, **between)
+
+    def between(low: float, high: float) -> float:
+        return exp(log(low) * (1 - share) + log(high) * share)
+
+    apart = {}
+    for family in {**a.families, **b.families}:
+        (low_start, low_wire), (high_start, high_wire) = a.of(family), b.of(family)
+        apart[family] = between(low_start, high_start), between(low_wire, high_wire)
+    return Sharing(devices=devices, families=apart, **{n: between(getattr(a, n), getattr(b, n)) for n in names})
+
+
+def _apart(fit: Regimes, s: Sharing, family: CollectiveFamily) -> Regimes:
+    """A family's lines, where its factors differ from those that the whole network is given."""
+    start, wire = (own / of_all for own, of_all in zip(s.of(family), (s.start, s.wire), strict=True))
+    lines = tuple(p.model_copy(update={"start": p.start * start, "step": p.step * start}) for p in fit.protocols)
+    return fit.model_copy(update={"protocols": lines, "passes": fit.passes * wire, "own": fit.own * wire})
 
 
 def _slower(curve: Curve, factor: float) -> Curve:

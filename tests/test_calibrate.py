@@ -8,15 +8,18 @@ from dataclasses import replace
 import pytest
 
 from hw_profiles.errors import QuestionError
-from hw_profiles.loader import load_chip, load_chip_file
+from hw_profiles.loader import load_chip, load_chip_file, resolve_cluster
 from hw_profiles.schema import Sharing
 from hw_profiles.sharing import at_work, factors
 from moecast.calibrate import profile_text
 from simulator.analysis.forecast import forecast
 from simulator.calibration.calibrate import calibrate
 from simulator.calibration.fit_machine import fit_machine, fit_sharing
+from simulator.calibration.fit_network import Timed, fit_network
+from simulator.calibration.fit_ops import home
 from simulator.calibration.terms import terms_of
 from simulator.kernels.roofline import Kernels
+from simulator.network.collectives import collective_rate, merged_starts
 from simulator.results.measurement import Measurement, MeasurementTable
 from tests.calibration_worlds import COMMON, FIT, HELD, plain_world, small_job
 
@@ -48,7 +51,13 @@ def test_steps_that_were_not_seen_are_forecast() -> None:
 
 def test_intervals_cover_and_differ() -> None:
     """With noise the 80 % interval covers about as often as it says, and is wider away from what was fitted."""
+
+    def width(size: tuple[int, int, int]) -> float:
+        low, high = forecast(small_job(*size), chip=found.chip, engine="closed-form").step_time_interval_s
+        return math.log(high / low)
+
     inside = total = 0
+    near, far = [], []
     for seed in range(8):
         world = plain_world(noise=0.15, seed=seed)
         found = calibrate([world.table([small_job(*s) for s in (*FIT, (112, 160, 8), (96, 448, 4))])], CPU)
@@ -57,16 +66,12 @@ def test_intervals_cover_and_differ() -> None:
             low, high = forecast(job, chip=found.chip, engine="closed-form").step_time_interval_s
             inside += low <= world.step(job)[0] <= high
             total += 1
+        near.append(width((112, 224, 8)))
+        far.append(width((1024, 4096, 8)))
     assert total == 40 and 0.6 <= inside / total <= 0.98
-    near = forecast(small_job(112, 224, 8), chip=found.chip)
-    far = forecast(small_job(1024, 4096, 8), chip=found.chip)
-
-    def width(answer: object) -> float:
-        low, high = answer.step_time_interval_s  # type: ignore[attr-defined]
-        return math.log(high / low)
-
-    assert width(far) > 2 * width(near)
-    assert "80 %" in near.interval_meaning and near.evidence.calibration.startswith("calibrated")
+    assert sum(far) > 2 * sum(near) and min(f / n for f, n in zip(far, near, strict=True)) > 1
+    answer = forecast(small_job(112, 224, 8), chip=found.chip)
+    assert "80 %" in answer.interval_meaning and answer.evidence.calibration.startswith("calibrated")
 
 
 def test_the_machine_is_learnt_exactly() -> None:
@@ -165,3 +170,45 @@ def test_what_no_fit_can_be_made_of(jobs: int, change: dict[str, str], rule: str
     changed = MeasurementTable(tuple(replace(r, **change) for r in table.rows), table.jobs, {}, table.name)  # type: ignore[arg-type]
     with pytest.raises(QuestionError, match=rule):
         calibrate([changed], CPU)
+
+
+def test_each_measured_pass_has_a_home() -> None:
+    """Recomputed forwards that the roofline has in its backward pass go there, and not with the update."""
+    known = {("attention.core", "backward"), ("norm", "recompute"), ("layers.saved", "forward"),
+             ("optimizer.update", "forward")}  # fmt: skip
+    for key, wanted in (
+        (("norm", "recompute"), ("norm", "recompute")),
+        (("attention.core", "recompute"), ("attention.core", "backward")),
+        (("step.sums", "forward"), ("layers.saved", "forward")),
+        (("step.sums", "backward"), ("optimizer.update", "forward")),
+    ):
+        assert home(key, known) == wanted
+
+
+def test_starts_and_bytes_are_told_apart_by_family() -> None:
+    """Eight devices at work: all-reduces start four times as late, all-to-alls move bytes nine times as slowly."""
+    shared = Sharing(devices=8, compute=1, memory=1, start=2, wire=2)
+    two = Sharing(devices=2, compute=1, memory=1, start=1, wire=1)
+    chip = CPU.model_copy(update={"sharing": (two, shared)})
+    factors = {"all_reduce": (4.0, 2.0), "all_to_all": (2.0, 9.0)}
+    rows = []
+    for devices in (2, 8):
+        alone = resolve_cluster({"chip": "cpu-host", "devices": devices}, chip=chip.model_copy(update={"sharing": ()}))
+        for family, apart in factors.items():
+            start, wire = apart if devices == 8 else (1.0, 1.0)
+            rate = collective_rate(alone, family, 2, 1)
+            for arrays, size in ((1, 4e3), (1, 1e5), (1, 4e6), (12, 1e5), (12, 4e6), (30, 1e6), (1, 3e7)):
+                # A further array of a merged call starts in a third of the first one's time.
+                more = 1 + (arrays - 1) / 3 if family == "all_reduce" else 1.0
+                seconds = start * more * rate.latency_s + wire * size * rate.seconds_per_byte
+                merged = arrays if family == "all_reduce" else 1
+                rows.append(Timed(family, 2, size, float(seconds), devices, True, arrays=merged))
+    found, _ = fit_network(chip, rows, "made", "2026-11-22")
+    assert found.scale_up.collectives["all_reduce"].array == pytest.approx(1 / 3, rel=0.02)
+    for family, (start, wire) in factors.items():
+        assert found.sharing[1].of(family) == pytest.approx((start, wire), rel=0.05)
+    cluster = resolve_cluster({"chip": "cpu-host", "devices": 8}, chip=found)
+    for row in rows[len(rows) // 2 :]:
+        starts = merged_starts(cluster, row.arrays)
+        seconds = starts * collective_rate(cluster, row.kind, 2, 1).seconds(row.bytes / starts)
+        assert seconds == pytest.approx(row.seconds, rel=0.05)

@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 from hw_profiles.errors import WorkFailed
-from hw_profiles.loader import load_chip, resolve_cluster
+from hw_profiles.loader import resolve_cluster
 from simulator.job.rules import resolve
 from simulator.results.measurement import NETWORK, Measurement
 from trainer.attribution import Call, Part, Program, Share, check_program, collective_calls, intervals, shares
@@ -262,7 +262,6 @@ class _Rows:
 
     def __init__(self, job: Job, chip: str, devices: int, part: str) -> None:
         self.job, self.devices = job, devices
-        self.on_cpu = load_chip(chip).kind == "cpu"
         self.start = f"{job.name}{f'#{part}' if part else ''}"
         self.common: dict[str, Any] = {
             "source": "moecast measure", "date": today(), "chip": chip, "software": software(),
@@ -333,22 +332,22 @@ class _Rows:
     def collectives(self, calls: Sequence[Call]) -> list[Measurement]:
         """A row per kind, group size and bytes: seconds of one call since the last of the group arrived.
 
-        The mean, since a step has every call: where devices outnumber cores a few take most of the time. XLA:CPU
-        reduces the arrays of a merged all-reduce one after the other: a row is of one of them.
+        The mean, since a step has every call: where devices outnumber cores a few take most of the time. Of how many
+        arrays a call was merged is its shape.
         """
         found: dict[tuple[str, int, int, int, str, int], list[float]] = defaultdict(list)
         for call in calls:
             c = call.collective
-            arrays = c.operands if self.on_cpu and c.kind == "all-reduce" else 1
+            arrays = c.operands if c.kind == "all-reduce" else 1
             group = c.groups[0] if c.groups else tuple(range(self.devices))
             stride = group[1] - group[0] if len(group) > 1 else 1
-            key = c.kind.replace("-", "_"), len(group), stride, round(c.bytes / arrays), c.dtype, arrays
-            found[key].append(call.seconds / arrays)
+            key = c.kind.replace("-", "_"), len(group), stride, c.bytes, c.dtype, arrays
+            found[key].append(call.seconds)
         return [
             self._timed(
                 kind, "collective", seconds, f"{kind}.{size}x{stride}.{size_bytes}.{dtype}{f'.of{n}' if n > 1 else ''}",
-                bytes=float(size_bytes), group_size=size, stride=max(1, stride), calls=float(n), statistic="mean",
-                note="in a step, from the arrival of the last" + (f"; one of {n} arrays" if n > 1 else ""),
+                bytes=float(size_bytes), group_size=size, stride=max(1, stride), shape=(n,) if n > 1 else (),
+                note="in a step, from the arrival of the last", statistic="mean",
             )
             for (kind, size, stride, size_bytes, dtype, n), seconds in sorted(found.items())
             if size > 1

@@ -129,7 +129,7 @@ def _timed(kernels: Sequence[Measurement], jobs: Sequence[Observed], chip: Chip)
             # Between hosts a trace does not show who came last: those of steps have waiting in them.
             if s.bytes > 0 and card == 0:
                 weight = s.seconds * s.samples
-                out.append(Timed(s.kind, s.size, s.bytes, s.seconds, o.devices, True, weight=weight))
+                out.append(Timed(s.kind, s.size, s.bytes, s.seconds, o.devices, True, weight, arrays=s.arrays))
     return out
 
 

@@ -19,7 +19,7 @@ from hw_profiles.loader import SCALE_OUT_NAMES, resolve_cluster
 from hw_profiles.schema import Chip, CollectiveFamily, Quantity, Regime, Regimes, ScaleOut, ScaleUp, Sharing
 from hw_profiles.sharing import at_work
 from simulator.calibration.fit_machine import quantiles
-from simulator.network.collectives import PASSES, collective_rate
+from simulator.network.collectives import PASSES, collective_rate, merged_starts
 from simulator.network.groups import level_members
 
 FAMILIES = {"all_gather": "ring", "reduce_scatter": "ring", "all_reduce": "all_reduce", "all_to_all": "all_to_all"}
@@ -33,7 +33,7 @@ class Timed:
     """One timed collective.
 
     `weight` is what its calls take of all the time that is fitted, `card_bytes_per_s` the rate of a device's card where
-    it went between hosts, else 0.
+    it went between hosts, else 0. An all-reduce may be merged of several `arrays`.
     """
 
     kind: str
@@ -44,6 +44,7 @@ class Timed:
     in_step: bool
     weight: float = 1.0
     card_bytes_per_s: float = 0.0
+    arrays: int = 1
 
 
 # A row, the factor on its start, and the rate (bytes/s) that it was measured at.
@@ -52,7 +53,10 @@ Pace = tuple[Timed, float, float]
 
 @dataclass(frozen=True)
 class _Fit:
-    """Start and step (us), wire time over that at the full rate, cost of what stays; measured over modelled."""
+    """Start and step (us), wire time over that at the full rate, cost of what stays; measured over modelled.
+
+    `array` is the start of a further array over the first's.
+    """
 
     start: float
     step: float
@@ -60,6 +64,7 @@ class _Fit:
     stays: float
     ratios: list[float]
     told: str
+    array: float
 
 
 def card_rate(cluster: Cluster, size: int, stride: int) -> float | None:
@@ -131,7 +136,7 @@ def _fitted(
         unit = network.latency_us.value
         collectives[family] = Regimes(
             protocols=(Regime(start=fit.start / unit, step=fit.step / unit, share=1.0),), own=fit.stays, passes=passes,
-            source=source, date=date, confidence="medium", residuals=spread, rows=len(own),
+            array=fit.array, source=source, date=date, confidence="medium", residuals=spread, rows=len(own),
         )  # fmt: skip
         if family in ("ring", "all_to_all"):
             name = "ring_efficiency" if family == "ring" else "all_to_all_efficiency"
@@ -150,24 +155,36 @@ def _asked_for(paces: list[Pace], fewest: int) -> list[Pace]:
 
 
 def _shared(chip: Chip, known: Sharing, rows: Sequence[Timed]) -> Sharing:
-    """`known` with its factors for a collective's start and bytes as collectives in steps show them, if enough do."""
-    from scipy.optimize import least_squares
-
+    """`known` with what collectives in steps show: factors for a start and for bytes, of all and of each family."""
     own = [r for r in rows if r.devices == known.devices and r.in_step]
     if len(own) < FEWEST or known.devices == min(r.devices for r in rows):
         return known
     alone = resolve_cluster({"chip": chip.name, "devices": known.devices}, chip=chip.model_copy(update={"sharing": ()}))
-    lines = [collective_rate(alone, r.kind, r.size, 1) for r in own]
-    starts = np.array([line.latency_s for line in lines])
-    wires = np.array([r.bytes * line.seconds_per_byte for r, line in zip(own, lines, strict=True)])
-    seconds, weights = np.array([r.seconds for r in own]), _weights(own)
+    start, wire = _factors(alone, own, (known.start, known.wire))
+    apart: dict[CollectiveFamily, tuple[float, float]] = {}
+    families: tuple[CollectiveFamily, ...] = ("ring", "all_reduce", "all_to_all")
+    for family in families:
+        members = [r for r in own if FAMILIES[r.kind] == family]
+        if len(members) >= FEWEST:
+            apart[family] = _factors(alone, members, (start, wire))
+    return known.model_copy(update={"start": start, "wire": wire, "families": apart})
+
+
+def _factors(alone: Cluster, rows: Sequence[Timed], guess: tuple[float, float]) -> tuple[float, float]:
+    """By how much starts and bytes of `rows` take longer than `alone` has them."""
+    from scipy.optimize import least_squares
+
+    lines = [collective_rate(alone, r.kind, r.size, 1) for r in rows]
+    starts = np.array([line.latency_s * merged_starts(alone, r.arrays) for r, line in zip(rows, lines, strict=True)])
+    wires = np.array([r.bytes * line.seconds_per_byte for r, line in zip(rows, lines, strict=True)])
+    seconds, weights = np.array([r.seconds for r in rows]), _weights(rows)
 
     def off(x: NDArray[np.float64]) -> NDArray[np.float64]:
         out: NDArray[np.float64] = np.log((x[0] * starts + x[1] * wires) / seconds) * weights
         return out
 
-    x = least_squares(off, [known.start, known.wire], bounds=(0.1, 1e3), loss="soft_l1").x
-    return known.model_copy(update={"start": float(x[0]), "wire": float(x[1])})
+    x = least_squares(off, np.clip(guess, 0.1, 1e3), bounds=(0.1, 1e3), loss="soft_l1").x
+    return float(x[0]), float(x[1])
 
 
 def _weights(rows: Sequence[Timed]) -> NDArray[np.float64]:
@@ -188,11 +205,13 @@ def _fit(paces: Sequence[Pace], family: str, *, stays: bool) -> _Fit:
     size = np.array([float(r.size) for r in rows])
     wire = np.array([PASSES.get(r.kind, 1.0) for r in rows]) * bytes_ * (size - 1) / size / rates
     own = bytes_ / size / rates
+    arrays = np.array([float(r.arrays) for r in rows])
     seconds = np.array([r.seconds for r in rows])
     weights = _weights(rows)
 
     def model(x: NDArray[np.float64]) -> NDArray[np.float64]:
-        out: NDArray[np.float64] = (x[0] + x[1] * hops) * 1e-6 * starts + x[2] * (wire + x[3] * own)
+        begun = (x[0] + x[1] * hops) * 1e-6 * starts * (1 + x[4] * (arrays - 1))
+        out: NDArray[np.float64] = begun + x[2] * (wire + x[3] * own)
         return out
 
     def off(x: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -200,9 +219,11 @@ def _fit(paces: Sequence[Pace], family: str, *, stays: bool) -> _Fit:
         return out
 
     several = len(set(hops.tolist())) > 1
-    low, high = [0.0, 0.0, 1.0, 0.0], [1e6, 1e6 if several else 1e-9, 1e6, 1e3 if stays else 1e-9]
-    guess = [float(np.median(seconds)) * 1e5, 0.1 if several else 0.0, 2.0, 0.1]
-    x = least_squares(off, np.clip(guess, low, high), bounds=(low, high), loss="soft_l1", x_scale=[10, 10, 1, 1]).x
+    # Without a merged call nothing tells what a further array costs: as much as the first.
+    merged = 0.0 if arrays.max() > 1 else 1 - 1e-9
+    low, high = [0.0, 0.0, 1.0, 0.0, merged], [1e6, 1e6 if several else 1e-9, 1e6, 1e3 if stays else 1e-9, 1.0]
+    guess = np.clip([float(np.median(seconds)) * 1e5, 0.1 if several else 0.0, 2.0, 0.1, 0.5], low, high)
+    x = least_squares(off, guess, bounds=(low, high), loss="soft_l1", x_scale=[10, 10, 1, 1, 1]).x
     told = "" if several else "; groups of one size only: start and steps cannot be told apart"
     ratios = [float(r) for r in seconds / model(x)]
-    return _Fit(float(x[0]), float(x[1]), float(x[2]), float(x[3]), ratios, told)
+    return _Fit(float(x[0]), float(x[1]), float(x[2]), float(x[3]), ratios, told, float(x[4]))

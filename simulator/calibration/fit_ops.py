@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -109,13 +109,25 @@ def _apart(
     return out
 
 
+def home(key: Pass, known: Container[Pass]) -> Pass:
+    """Where the measured seconds of `key` count, of the passes that the roofline knows.
+
+    A recomputed forward that is part of the roofline's backward (blocks of attention scores, a compiler's own choice)
+    goes there; bookkeeping goes with `layers.saved` of its pass, or else with the update.
+    """
+    name, phase = key
+    backward = [(name, "backward")] if phase == "recompute" else []
+    choices = [key, *backward, ("layers.saved", phase), ("optimizer.update", "forward")]
+    return next((c for c in choices if c in known), choices[-1])
+
+
 def fit_classes(
     seen: Sequence[tuple[str, float, Mapping[Pass, float], Mapping[Pass, Terms]]], *, residuals: bool = True
 ) -> dict[str, OpClass]:
     """All classes from (job, step seconds, measured seconds, terms) of every measurement.
 
-    What was measured of a class that the roofline has not (a scope of bookkeeping) counts with `layers.saved` of its
-    pass, or the update; what the roofline has and no trace shows takes no time of its own (XLA fused it with another).
+    What was measured of a class that the roofline has not counts elsewhere (`home`); what the roofline has and no trace
+    shows takes no time of its own (XLA fused it with another).
     """
     points: dict[Pass, list[Point]] = {}
     shares: dict[Pass, float] = {}
@@ -123,9 +135,8 @@ def fit_classes(
     for job, step_s, measured, terms in seen:
         homed: dict[Pass, float] = {}
         for key, seconds in measured.items():
-            home = key if key in terms else ("layers.saved", key[1])
-            home = home if home in terms else ("optimizer.update", "forward")
-            homed[home] = homed.get(home, 0.0) + seconds
+            there = home(key, terms)
+            homed[there] = homed.get(there, 0.0) + seconds
         for key, seconds in homed.items():
             if seconds > 0 and terms[key].roofline_s > 0:
                 points.setdefault(key, []).append(Point(job, seconds, terms[key]))

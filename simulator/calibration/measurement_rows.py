@@ -17,14 +17,15 @@ from hw_profiles.schema import Chip
 from simulator.analysis.forecast import forecast
 from simulator.analysis.spread import class_interval
 from simulator.calibration.collective_rows import port_seconds, residuals
+from simulator.calibration.fit_ops import home
 from simulator.calibration.kernel_rows import ops_answer
 from simulator.calibration.observations import observed
 from simulator.calibration.questions import Answer, Question
 from simulator.job.load import load_job
 from simulator.kernels.roofline import class_of
-from simulator.network.collectives import PASSES, collective_rate
+from simulator.network.collectives import PASSES, collective_rate, merged_starts
 from simulator.results.forecast import Forecast
-from simulator.results.measurement import NETWORK, Measurement, MeasurementTable
+from simulator.results.measurement import NETWORK, Measurement, MeasurementTable, arrays_of
 from simulator.workload.ops import Op, stream
 
 KINDS = (*PASSES, "all_to_all", "permute")
@@ -140,7 +141,7 @@ class _Asked:
         if not computed:
             raise QuestionError(f"the forecast has no op {row.name}{phase}")
         key = (class_of(row.name), row.phase)
-        shares = self._compute(row)
+        shares = self._compute(row, shipped)
         if shares and row.id != self._first[row.job_hash, row.taking, *key]:
             raise QuestionError("counted with the first device's row: op classes are means over devices and stacks")
         seconds = shares.get(key, row.seconds)
@@ -158,7 +159,7 @@ class _Asked:
         part = row.name.partition(".")[2] or row.name
         return Question(row.id, "time", "s", job.chip, job.model, part, row.kind, seconds, ask, row.job_hash)
 
-    def _compute(self, row: Measurement) -> Mapping[tuple[str, str], float]:
+    def _compute(self, row: Measurement, shipped: Forecast) -> Mapping[tuple[str, str], float]:
         """What the fit takes for the seconds of each class and pass of the row's measurement; empty without a trace.
 
         A trace says how a step divides, the timed steps how long it is (observations.py).
@@ -168,7 +169,13 @@ class _Asked:
             for other in self.table.rows:
                 if other.kind == "op" and other.level != NETWORK:
                     self._first.setdefault((other.job_hash, other.taking, class_of(other.name), other.phase), other.id)
-        return self._observed.get((row.job_hash, row.taking), {})
+        # As in the fit, what the roofline has as a part of the backward pass counts there.
+        known = {(class_of(o.scope), o.phase) for o in shipped.ops}
+        out: dict[tuple[str, str], float] = {}
+        for key, seconds in self._observed.get((row.job_hash, row.taking), {}).items():
+            there = home(key, known) if key[1] == "recompute" else key
+            out[there] = out.get(there, 0.0) + seconds
+        return out
 
     def _memory(self, row: Measurement) -> Question:
         job = self._job(row)
@@ -213,7 +220,8 @@ class _Asked:
 
         def ask(chip: Chip | None, engine: str) -> Answer:
             cluster = resolve_cluster(spec, chip=chip)
-            seconds = float(collective_rate(cluster, row.name, size, stride).seconds(bytes_))
+            starts = float(merged_starts(cluster, arrays_of(row)))
+            seconds = starts * float(collective_rate(cluster, row.name, size, stride).seconds(bytes_ / starts))
             spread = residuals(cluster, row.name, size * stride)
             interval = None if spread is None else (seconds * spread["p10"], seconds * spread["p90"])
             return Answer(seconds, port_seconds(cluster, row.name, size, bytes_), interval)

@@ -18,7 +18,7 @@ from hw_profiles.errors import QuestionError
 from simulator.job.job import Job
 from simulator.job.load import job_from_mapping
 from simulator.kernels.roofline import class_of
-from simulator.results.measurement import NETWORK, Measurement, MeasurementTable
+from simulator.results.measurement import NETWORK, Measurement, MeasurementTable, arrays_of
 
 # Instructions of no scope are the stacks of a scan over layers, for the most part (trainer/attribution.py).
 UNNAMED, GAPS, WINDOW, SAVED = "unnamed", "gaps", "window", "layers.saved"
@@ -27,14 +27,15 @@ Pass = tuple[str, str]
 
 @dataclass(frozen=True)
 class Sent:
-    """One kind of collective of a step: group, bytes and seconds of a call, how many were timed."""
+    """One kind of collective of a step: group, bytes and seconds of a call, how many were timed, and arrays of each."""
 
     kind: str
     size: int
     stride: int
     bytes: float
     seconds: float
-    samples: float = 1
+    samples: int = 1
+    arrays: int = 1
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def _one(name: str, rows: list[Measurement], table: MeasurementTable, host_s: Ma
     sent = [r for r in ops if r.level == NETWORK]
     moved = _mean(sent, seen, lambda r: (r.seconds or 0.0) - r.waited_s)
     collectives = tuple(
-        Sent(r.name, r.group_size, r.stride, r.bytes or 0.0, r.seconds, r.samples * r.calls) for r in rows
+        Sent(r.name, r.group_size, r.stride, r.bytes or 0.0, r.seconds, r.samples, arrays_of(r)) for r in rows
         if r.kind == "collective" and r.seconds is not None
     )  # fmt: skip
     exchanged = _mean([r for r in sent if "all_to_all" in r.name or r.name == "embedding.exchange"], seen,

@@ -9,6 +9,7 @@ from simulator.costs.piece_times import CommTime, Timer
 from simulator.job.job import Job
 from simulator.job.rules import Degrees
 from simulator.kernels.roofline import Kernels
+from simulator.network.collectives import merged_starts
 from simulator.numbers import Number, maximum, some, where
 from simulator.workload.habits import Habits
 from simulator.workload.memory import Shards
@@ -30,8 +31,10 @@ class StateCosts:
     ) -> CommTime:
         rate = self.timer.rate_of(kind, size, axis, apart)
         stride = self.degrees.strides[axis] * apart
-        seconds = parts * rate.seconds(bytes_ / parts)
         merged = kind == "all_reduce"
+        if merged:
+            parts = merged_starts(self.cluster, parts)
+        seconds = parts * rate.seconds(bytes_ / parts)
         return CommTime(scope, kind, size, bytes_, 0, 1, seconds, rate.level, stride, parts=parts, merged=merged)
 
     def calls(self, pieces: Iterable[tuple[Piece, Number]]) -> tuple[Number, Number]:
@@ -62,6 +65,8 @@ class StateCosts:
             bytes_ = parameters * self.habits.reduction_bytes
             if not some(size > 1) or not some(parameters > 0):
                 continue
+            with_own = what == "gradients"
+            arrays = parts + self._sums() + self._norms(size) * calls[1] if with_own else parts
             whole = self._reduces_whole(shard)
             if zero in ("gradients", "parameters") and some(shard > 1) and some(1 - whole):
                 # In columns some plans have one shard, or reduce whole: a collective that they lack carries nothing.
@@ -71,17 +76,33 @@ class StateCosts:
                 if some(size > shard):
                     between = size // shard
                     out.append(
-                        self._comm(f"{what}.all_reduce", "all_reduce", between, axis, split / shard, shard, parts)
+                        self._comm(f"{what}.all_reduce", "all_reduce", between, axis, split / shard, shard, arrays)
                     )
                 if some(whole):
                     all_ = where(whole, bytes_, 0.0)
-                    out.append(self._comm(f"{what}.all_reduce", "all_reduce", size, axis, all_, parts=parts))
+                    out.append(self._comm(f"{what}.all_reduce", "all_reduce", size, axis, all_, parts=arrays))
             elif zero == "optimizer":
                 scatter = self._comm(f"{what}.reduce_scatter", "reduce_scatter", size, axis, bytes_, parts=parts)
                 out.append(scatter)
             else:
-                out.append(self._comm(f"{what}.all_reduce", "all_reduce", size, axis, bytes_, parts=parts))
+                out.append(self._comm(f"{what}.all_reduce", "all_reduce", size, axis, bytes_, parts=arrays))
         return out
+
+    def _sums(self) -> Number:
+        """Arrays of the trainer's own sums that XLA:CPU merges with the gradients: the loss's and the routers'."""
+        if not self.habits.each_array or self.job.plan.shard != "none":
+            return 0.0
+        return where(self.degrees.microbatches > 1, 0.0, 2.0 if self.job.model.moes else 1.0)
+
+    def _norms(self, size: Number) -> Number:
+        """How many norms of experts' gradients are merged with an all-reduce of `size`, whose group the experts have.
+
+        One is reported, another clips; squares are summed over the ranks that have different experts.
+        """
+        d, count = self.degrees, 1.0 if self.job.training.learning.clip_norm is None else 2.0
+        if not self.habits.each_array or self.job.plan.shard != "none":
+            return 0.0
+        return where(d.expert > 1, where(d.expert == size, count, 0.0), 0.0)
 
     def _reduces_whole(self, shard: Number) -> Number:
         """XLA:TPU all-reduces wide FSDP gradients (v5e, v5p, v6e, seen at 64 ways; facts/aot.md), TPU 7x does not."""
@@ -105,12 +126,12 @@ class StateCosts:
                 if some(size > 1) and some(parameters > 0):
                     bytes_ = parameters * self.habits.new_weight_bytes
                     out.append(self._comm(f"{what}.all_gather", "all_gather", size, axis, bytes_, parts=parts))
-        if self.habits.each_array and some(self.degrees.expert > 1):
-            # Squares of the experts' gradients, for the norm that is reported and the one that clips.
-            sums = calls[1] * (1 if self.job.training.learning.clip_norm is None else 2)
-            out.append(
-                self._comm("optimizer.update", "all_reduce", self.degrees.expert, "expert", 4.0 * sums, parts=sums)
-            )
+        d = self.degrees
+        apart = where(d.expert > 1, 1.0 - (self._norms(d.data * d.context) > 0), 0.0)
+        if self.habits.each_array and some(apart):
+            sums = calls[1] * (1.0 if self.job.training.learning.clip_norm is None else 2.0)
+            bytes_ = 4.0 * sums * apart
+            out.append(self._comm("optimizer.update", "all_reduce", d.expert, "expert", bytes_, parts=sums))
         return out
 
     def update_s(self, dense: Number, expert: Number) -> Number:

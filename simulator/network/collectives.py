@@ -80,6 +80,12 @@ def collective_rate(cluster: Cluster, kind: str, size: int, stride: int, between
     return _switched(cluster, kind, size, stride, between)
 
 
+def merged_starts(cluster: Cluster, arrays: Number) -> Number:
+    """Starts that an all-reduce merged of `arrays` arrays counts, where a library goes through them one by one."""
+    fit = cluster.levels[-1].all_reduce if cluster.levels else None
+    return 1 + (arrays - 1) * (1.0 if fit is None else fit.array)
+
+
 def transport_rate(cluster: Cluster, name: str, part: str, size: int, sms: float | None = None) -> Rate | None:
     """The line of DeepEP or HybridEP for `size` neighbours of one domain; None where the profile does not know it.
 

@@ -26,13 +26,13 @@ NETWORK = "network"
 class Measurement:
     """One measured thing.
 
-    `id` names it within its table. `name` is what was measured: a scope (`simulator/job/scopes.py`) for `op` rows; the
-    kind of collective (all_to_all); product, grouped_product, attention, stream, launch for kernels; peak for memory.
-    `shape` is [groups, rows, depth, columns] of a product and free elsewhere. `bytes` of a collective are nccl-tests'
-    size; of a `memory` row they are the result, and `seconds` is None. `seconds` is the `statistic` of `samples`
-    timings, `p10_s` and `p90_s` their spread, of all `calls` in a step together for `op` rows. `group_size` devices
-    take part in a collective, `stride` apart; `devices` were at work at the same time. `device` is None for a statistic
-    over all. `job_hash` names a job that the table carries.
+    `id` names it within its table. `name` is what was measured: a scope (`simulator/job/scopes.py`) for `op` rows;
+    the kind of collective (all_to_all); product, grouped_product, attention, stream, launch for kernels; peak for
+    memory. `shape` is [groups, rows, depth, columns] of a product, [arrays] of a merged collective, and free
+    elsewhere. `bytes` of a collective are nccl-tests' size; of a `memory` row they are the result, and `seconds` is
+    None. `seconds` is the `statistic` of `samples` timings, `p10_s` and `p90_s` their spread, of all `calls` in a
+    step together for `op` rows. `group_size` devices take part in a collective, `stride` apart; `devices` were at
+    work at the same time. `device` is None for a statistic over all. `job_hash` names a job that the table carries.
     """
 
     id: str
@@ -86,6 +86,11 @@ class MeasurementTable:
     routing: Mapping[str, str] = field(default_factory=dict)
     name: str = ""
     timelines: Mapping[str, Sequence[tuple[int, str, float, float]]] = field(default_factory=dict)
+
+
+def arrays_of(row: Measurement) -> int:
+    """Of how many arrays a collective was merged."""
+    return row.shape[0] if row.kind == "collective" and row.shape else 1
 
 
 # What makes a row the same measurement wherever it is copied to: not its id, which tables number anew, nor its date.
