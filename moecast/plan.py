@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -124,7 +123,9 @@ def _outcome(asked: Question, found: Search, output: str | None, workers: int | 
 
     parts = found.parts.count
     if workers is None and scheduler is None and parts >= MANY_PARTS:
-        workers = min(len(os.sched_getaffinity(0)), MOST_UNASKED)
+        from moecast.measure import cores
+
+        workers = min(cores(), MOST_UNASKED)
     if scheduler is not None:
         from simulator.planner.spread.on_dask import on_dask
 

@@ -6,6 +6,7 @@ say which task that one had.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import signal
@@ -13,7 +14,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from multiprocessing.connection import Connection, wait
-from typing import Any
 
 from hw_profiles.errors import QuestionError, WorkFailed
 from simulator.planner.spread.runner import Runner, Tries
@@ -35,12 +35,22 @@ class _Worker:
         self.process = context.Process(target=serve, args=(theirs, text, do), daemon=True)
         self.process.start()
         theirs.close()
-        self.part, self.since = -1, 0.0
+        self.part: int | None = None
+        self.since = 0.0
 
     def give(self, part: int) -> None:
         """Hand it a part."""
         self.part, self.since = part, time.monotonic()
-        self.ours.send_bytes(str(part).encode())
+        # Where it has died, its pipe says so when the answer is read.
+        with contextlib.suppress(OSError):
+            self.ours.send_bytes(str(part).encode())
+
+    def answer(self) -> bytes:
+        """What it says; nothing where it has died."""
+        try:
+            return self.ours.recv_bytes()
+        except (EOFError, OSError):
+            return b""
 
     def end(self) -> str:
         """Stop it, whatever it does; how it ended."""
@@ -48,7 +58,6 @@ class _Worker:
         self.process.kill()
         self.process.join(10)
         code = self.process.exitcode or 0
-        self.process.close()
         return f"signal {-code}" if code < 0 else f"exit code {code}"
 
 
@@ -76,46 +85,38 @@ def serve(conn: Connection, text: str, do: Work) -> None:
 def local(workers: int, do: Work = work, limit_s: float = PART_LIMIT_S) -> Runner:
     """A runner of `workers` processes: parts as they are done, in any order.
 
-    WorkFailed for a part that failed three times, whose worker died or was silent for `limit_s` included.
+    WorkFailed for a part that failed three times; that its worker died, or was silent for `limit_s`, counts.
     """
 
     def run(text: str, parts: Sequence[int]) -> Generator[tuple[int, bytes], None, None]:
         todo, tries = deque(parts), Tries()
         crew = [_Worker(text, do) for _ in range(min(workers, len(parts)))]
         try:
-            while todo or any(w.part >= 0 for w in crew):
-                for i, w in enumerate(crew):
-                    if w.part < 0 and todo:
-                        try:
-                            w.give(todo.popleft())
-                        except OSError:
-                            todo.append(w.part)
-                            tries.failed(w.part, f"its worker ended with {w.end()}")
-                            crew[i] = _Worker(text, do)
-                ready = wait([w.ours for w in crew if w.part >= 0], timeout=1.0)
-                for i, w in enumerate(crew):
-                    part, late = w.part, time.monotonic() - w.since > limit_s
-                    if part < 0 or (w.ours not in ready and not late):
+            while todo or any(w.part is not None for w in crew):
+                for w in crew:
+                    if w.part is None and todo:
+                        w.give(todo.popleft())
+                busy = [w for w in crew if w.part is not None]
+                ready = wait([w.ours for w in busy], timeout=1.0)
+                for w in busy:
+                    late = time.monotonic() - w.since > limit_s
+                    if w.ours not in ready and not late:
                         continue
-                    try:
-                        answer = w.ours.recv_bytes() if w.ours in ready else b""
-                    except (EOFError, OSError):
-                        answer = b""
-                    if not answer:
-                        ended = w.end()
-                        why = f"a worker was silent for {limit_s:g} s" if late else f"its worker ended with {ended}"
-                        tries.failed(part, why)
-                        todo.append(part)
-                        crew[i] = _Worker(text, do)
-                        continue
-                    w.part = -1
+                    part, w.part = w.part, None
+                    assert part is not None
+                    answer = w.answer() if w.ours in ready else b""
                     if answer[:1] == _DONE:
                         yield part, answer[1:]
-                    elif answer[:1] == _REFUSED:
-                        _refuse(json.loads(answer[1:]))
+                        continue
+                    if answer:
+                        why = _refused(answer)
                     else:
-                        tries.failed(part, answer[1:].decode())
-                        todo.append(part)
+                        crew.remove(w)
+                        ended = w.end()
+                        why = f"a worker was silent for {limit_s:g} s" if late else f"its worker ended with {ended}"
+                        crew.append(_Worker(text, do))
+                    tries.failed(part, why)
+                    todo.append(part)
         finally:
             for w in crew:
                 w.end()
@@ -123,5 +124,10 @@ def local(workers: int, do: Work = work, limit_s: float = PART_LIMIT_S) -> Runne
     return run
 
 
-def _refuse(said: Any) -> None:
-    raise (QuestionError if said[0] else WorkFailed)(said[1])
+def _refused(answer: bytes) -> str:
+    """Why a part failed; the error itself where no other worker would do better."""
+    said = answer[1:].decode()
+    if answer[:1] == _REFUSED:
+        wrong, text = json.loads(said)
+        raise (QuestionError if wrong else WorkFailed)(text)
+    return said

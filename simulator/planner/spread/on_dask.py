@@ -96,7 +96,7 @@ class _Crew:
 
     def _wait(self, futures: list[Any]) -> list[Any]:
         """Futures that are done, or lost, after a while at most."""
-        with contextlib.suppress(TimeoutError, self.distributed.CancelledError):
+        with self.client.as_current(), contextlib.suppress(TimeoutError, self.distributed.CancelledError):
             self.distributed.wait(futures, timeout=_LOOK_S, return_when="FIRST_COMPLETED")
         return [f for f in futures if f.status in ("finished", "error", "cancelled")]
 

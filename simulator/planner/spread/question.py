@@ -98,8 +98,8 @@ def question_of(text: str, who: str) -> Question:
     data = json.loads(text)
     theirs, ours = data["program"], program()
     if theirs != ours:
-        differ = [f"{k} {ours[k]} here, {theirs.get(k)} there" for k in ours if theirs.get(k) != ours[k]]
-        raise WorkFailed(f"{who} runs another moecast than the one that asks ({'; '.join(differ)}): install the same")
+        differ = [f"its {k} {ours[k]}, not {theirs.get(k)}" for k in ours if theirs.get(k) != ours[k]]
+        raise WorkFailed(f"{who} has another moecast than this one: {'; '.join(differ)}; install the same")
     return validate(Question, data["question"], "the question of a search")
 
 
