@@ -19,13 +19,12 @@ def why_empty(out: Outcome, space: Space, constraints: Sequence[Constraint], cap
             i = int(c.misses_by(column).argmin())
             return f"--constraint {c.text!r}: no plan of the space holds it; nearest is {c.said(column[i])}"
     if not out.searched:
-        return "the constraints on the plan leave no plan of the space: together they exclude all"
+        texts = ", ".join(c.text for c in constraints if c.of_plan)
+        return f"the constraints on the plan leave no plan of the space: together {texts} exclude all"
     if not out.valid:
         (name, rule), count = out.most_broken()[0]
-        return (
-            f"no plan of the space keeps the rules; {name} refused most, {count:,} of {out.searched:,}:"
-            f" its values {_listed(space, name)} {rule}"
-        )
+        most = f"no plan of the space keeps the rules; {name} refused most, {count:,} of {out.searched:,}"
+        return f"{most}: {_listed(space, name)}{rule}"
     for c in constraints:
         by, near = out.nearest.get(c.text, (0.0, 0.0))
         if by > 0:
@@ -43,4 +42,4 @@ def why_empty(out: Outcome, space: Space, constraints: Sequence[Constraint], cap
 
 def _listed(space: Space, name: str) -> str:
     values = space.values.get(name, ())
-    return ", ".join(map(str, values[:6])) + (", ..." if len(values) > 6 else "")
+    return f"its values {', '.join(map(str, values[:6]))}{', ...' if len(values) > 6 else ''} " if values else ""
