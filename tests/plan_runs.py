@@ -108,19 +108,19 @@ def kill(pid: int) -> None:
 
 
 @contextmanager
-def dask_scheduler(folder: Path) -> Iterator[str]:
-    """A scheduler on the loopback; its address."""
+def dask_scheduler(folder: Path) -> Iterator[tuple[str, int]]:
+    """A scheduler on the loopback; its address, and its process."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    with _dask(folder, "scheduler", "--host", "127.0.0.1", "--port", str(port)):
+    with _dask(folder, "scheduler", "--host", "127.0.0.1", "--port", str(port)) as process:
 
         def listens() -> bool:
             with socket.socket() as probe:
                 return probe.connect_ex(("127.0.0.1", port)) == 0
 
         wait_for(listens, "the scheduler")
-        yield f"tcp://127.0.0.1:{port}"
+        yield f"tcp://127.0.0.1:{port}", process.pid
 
 
 @contextmanager

@@ -150,7 +150,7 @@ def test_a_killed_driver_repeats_nothing_that_was_saved(folder: Path, whole: dic
 
 def test_dask_workers_and_drivers_may_be_killed_too(folder: Path, whole: dict[str, bytes]) -> None:
     pytest.importorskip("distributed")
-    with runs.dask_scheduler(folder) as address, runs.dask_workers(folder, address, 2) as nannies:
+    with runs.dask_scheduler(folder) as (address, _), runs.dask_workers(folder, address, 2) as nannies:
         arguments = ("-o", "found", "--scheduler", address)
         with runs.started(folder, *arguments) as driver:
             _midway(folder / "found")
@@ -188,13 +188,34 @@ def test_a_scheduler_without_workers_or_with_others_is_told_in_one_line(folder: 
         )
         return done.stderr.splitlines()[-1]
 
-    with runs.dask_scheduler(folder) as address:
+    with runs.dask_scheduler(folder) as (address, _):
         assert f"{address}: for 1 s there was no worker; start some with: dask worker {address}" in said(address)
         with runs.dask_workers(folder, address, 1, root=other):
             done = runs.run(folder, "-o", "found", "--scheduler", address)
     assert done.returncode == 4 and done.stderr.count("\n") == 1
     assert "has another moecast than this one: its files" in done.stderr and "0 of 16 parts are saved" in done.stderr
     assert "no scheduler answered in 1 s; start one with: dask scheduler" in said(address)
+
+
+def test_a_scheduler_that_goes_is_named(folder: Path) -> None:
+    pytest.importorskip("distributed")
+    script = (
+        "import sys\nfrom simulator.planner.spread.on_dask import on_dask\n"
+        "answers = on_dask(sys.argv[1], connect_s=2, workers_s=30)(sys.stdin.read(), range(16))\n"
+        "print(next(answers)[0], flush=True)\nlist(answers)"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with runs.dask_scheduler(folder) as (address, pid), runs.dask_workers(folder, address, 1):
+        command = [sys.executable, "-c", script, address]
+        with subprocess.Popen(command, cwd=folder, env=runs.environment(), text=True, **pipes) as driver:
+            assert driver.stdin is not None and driver.stdout is not None
+            driver.stdin.write(_question().text())
+            driver.stdin.close()
+            assert int(driver.stdout.readline()) in range(PARTS)
+            runs.kill(pid)
+            driver.stdin = None
+            _, error = driver.communicate(timeout=runs.LONGEST_S)
+    assert error.splitlines()[-1].endswith(f"--scheduler {address}: it has gone, and has not come back")
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:8786", "tcp://host", "tcp://host:0", "http://host:1", "tcp://a b:1"])

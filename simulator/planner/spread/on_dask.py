@@ -45,7 +45,8 @@ def on_dask(
 
     def run(text: str, parts: Sequence[int]) -> Generator[tuple[int, bytes], None, None]:
         # What goes wrong is told below, in one line; the library would log pages.
-        logging.getLogger("distributed").setLevel(logging.CRITICAL)
+        for name in [n for n in logging.root.manager.loggerDict if n.partition(".")[0] == "distributed"]:
+            logging.getLogger(name).setLevel(logging.CRITICAL)
         try:
             client = distributed.Client(address, timeout=connect_s, set_as_default=False)
         except OSError:
@@ -78,7 +79,7 @@ class _Crew:
         while todo or out:
             while todo and len(out) < 2 * max(1, threads):
                 part = todo.popleft()
-                out[self.client.submit(work, text, part, pure=False, key=None)] = part
+                out[self._submit(text, part)] = part
             done = self._wait(list(out))
             for future in done:
                 part = out.pop(future)
@@ -93,6 +94,12 @@ class _Crew:
                 if time.monotonic() - self.last > self.limit_s:
                     named = ", ".join(map(str, sorted(out.values())[:4]))
                     raise WorkFailed(f"{self.address}: waited {self.limit_s:g} s for parts {named}; none was done")
+
+    def _submit(self, text: str, part: int) -> Any:
+        try:
+            return self.client.submit(work, text, part, pure=False, key=None)
+        except self.distributed.client.ClosedClientError:
+            raise WorkFailed(f"--scheduler {self.address}: it has gone, and has not come back") from None
 
     def _wait(self, futures: list[Any]) -> list[Any]:
         """Futures that are done, or lost, after a while at most."""
