@@ -1,7 +1,8 @@
 """One Dask worker against two on this machine, over TCP: the same table, and the ratio of plans a second.
 
 GPT-3 175B on 4,096 H100 (benchmarks/gpt3-space.yaml). Workers have one thread each, NumPy one thread in each, and have
-imported and searched something before the clock starts. Where there are no two idle cores, the ratio says so.
+imported and searched something before the clock starts. Where there are no two idle cores, the ratio says so; the
+seconds that the workers' processes had of them, start and warming up included, tell what dividing the work costs.
 
 Usage: python benchmarks/bench_plan_workers.py
 """
@@ -9,6 +10,7 @@ Usage: python benchmarks/bench_plan_workers.py
 from __future__ import annotations
 
 import os
+import resource
 import sys
 import time
 from collections.abc import Sequence
@@ -59,14 +61,16 @@ def main(arguments: Sequence[str]) -> None:
     print(f"this process   {alone_s:6.1f} s  {alone.searched / alone_s:11,.0f} plans/s")
     took = []
     for workers in (1, 2):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         address = {"host": "127.0.0.1", "dashboard_address": None}
         with LocalCluster(n_workers=workers, threads_per_worker=1, processes=True, **address) as cluster:
             timed(small, cluster.scheduler_address)
             seconds, found = timed(asked, cluster.scheduler_address)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        own_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
         took.append(seconds)
-        print(
-            f"{workers} Dask worker{'s' * (workers > 1):1}  {seconds:6.1f} s  {found.searched / seconds:11,.0f} plans/s"
-        )
+        name, rate = f"{workers} Dask worker{'s' * (workers > 1)}", found.searched / seconds
+        print(f"{name:14} {seconds:6.1f} s  {rate:11,.0f} plans/s; {own_s:.1f} s of the cores")
         for one, other in ((found.best, alone.best), (found.front, alone.front)):
             if one.codes.tobytes() != other.codes.tobytes() or one.numbers.tobytes() != other.numbers.tobytes():
                 sys.exit("the tables differ")

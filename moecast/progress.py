@@ -74,7 +74,7 @@ def counting(doing: str, unit: str) -> Iterator[Callable[[int, int], None]]:
     from rich.progress import BarColumn, Progress, TextColumn
 
     count = TextColumn("{task.completed:,.0f} of {task.total:,.0f} " + unit)
-    columns = (TextColumn("{task.description}"), BarColumn(bar_width=10), count, TextColumn("{task.fields[left]}"))
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=6), count, TextColumn("{task.fields[left]}"))
     first: list[tuple[int, float]] = []
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(doing, total=None, visible=False, left="")
