@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,13 +11,18 @@ import typer
 
 from hw_profiles.errors import QuestionError, nearest
 from moecast.programs import Changes, Json
+from moecast.progress import counting
 
 if TYPE_CHECKING:
+    from simulator.planner.outcome import Outcome
     from simulator.planner.search import Search
-    from simulator.planner.store import Store
+    from simulator.planner.spread.question import Question
 
 EXAMPLE = "Example: moecast plan examples/mixtral-8x7b.yaml --constraint 'memory_peak_bytes<=28e9' --engine-top 3"
 KEEP = ("best", "all")
+# From here on, half a minute of one core, a pool is taken unasked: its start costs a second or two. The answer is the
+# same, byte for byte. No more of somebody's cores than this.
+MANY_PARTS, MOST_UNASKED = 16, 8
 
 
 def register(app: typer.Typer) -> None:
@@ -45,12 +48,22 @@ def plan(
         False
     ),
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="FOLDER", help="Also write plans as a Parquet dataset.")
+        str | None,
+        typer.Option("--output", "-o", metavar="ADDRESS", help="Also write plans as Parquet: a folder, s3://..., ..."),
     ] = None,
     keep: Annotated[str, typer.Option(help="Plans to write: best (and the front), or all that are feasible.")] = "best",
     profile: Annotated[
         Path | None, typer.Option(metavar="FILE", help="A chip profile to use instead of the shipped one.")
     ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, max=1_024, help="Processes to search with; large spaces take up to 8.")
+    ] = None,
+    scheduler: Annotated[
+        str | None, typer.Option(metavar="tcp://HOST:PORT", help="Search with the workers of this Dask scheduler.")
+    ] = None,
+    part_plans: Annotated[
+        int, typer.Option(min=1, max=1 << 26, help="Plans of a part: how often -o saves, what a worker takes.")
+    ] = 1 << 22,
     set_: Changes = None,
     as_json: Json = False,
 ) -> None:
@@ -62,19 +75,20 @@ def plan(
     for name, given, known in (("--objective", objective, OBJECTIVES), ("--keep", keep, KEEP)):
         if given not in known:
             raise QuestionError(f"{name} {given!r:.40}: must be one of {', '.join(known)}{nearest(given, known)}")
-    found, store = _prepared(job, search, objective, constraint, top, exhaustive, output, keep, profile, set_)
-    with _bar("searching plans", "plans") as tell:
+    if workers is not None and scheduler is not None:
+        raise QuestionError("--workers, --scheduler: one of them; a scheduler has workers of its own")
+    asked = _question(
+        job, search, profile, set_, objective=objective, constraints=tuple(constraint or ()), top=top,
+        exhaustive=exhaustive, keep=keep, plans_per_part=part_plans,
+    )  # fmt: skip
+    found = asked.search()
+    with counting("searching plans", "plans") as tell:
         found.progress = tell
-        outcome = found.run()
-    with _bar("timing the best by events", "plans") as tell:
+        outcome = _outcome(asked, found, output, workers, scheduler)
+    with counting("timing the best by events", "plans") as tell:
         answer = answer_of(
             found, outcome, engine_top=engine_top, source=_source(job, set_), folder=job.parent, progress=tell
         )
-    if store is not None:
-        if keep == "best":
-            _write_best(store, outcome)
-        store.close()
-        print(f"{store.rows:,} plans: {output}", file=sys.stderr)
     if as_json:
         print(json.dumps(answer.to_dict(), indent=2, allow_nan=False))
     else:
@@ -83,78 +97,56 @@ def plan(
         print_search(answer, Console())
 
 
-def _prepared(
-    path: Path,
-    space_path: Path | None,
-    objective: str,
-    constraints: list[str] | None,
-    top: int,
-    exhaustive: bool,
-    output: Path | None,
-    keep: str,
-    profile: Path | None,
-    changes: list[str] | None,
-) -> tuple[Search, Store | None]:
-    """The search, and where its plans go."""
+def _question(
+    path: Path, space_path: Path | None, profile: Path | None, changes: list[str] | None, **asked: Any
+) -> Question:
+    """What is asked, read and checked; `asked` are the other fields of the question."""
     from hw_profiles.loader import load_chip_file, resolve_cluster
     from simulator.job.load import load_job
     from simulator.planner.constraints import parse_constraint
-    from simulator.planner.search import Search
     from simulator.planner.space import read_space, space_of
-    from simulator.planner.store import Store
+    from simulator.planner.spread.question import Question
 
-    limits = [parse_constraint(text) for text in constraints or ()]
+    asked["constraints"] = tuple(parse_constraint(text).text for text in asked["constraints"])
     given = read_space(space_path) if space_path is not None else None
     job = load_job(path, changes or ())
     chip = load_chip_file(profile) if profile is not None else None
-    cluster = resolve_cluster(job.cluster, chip=chip)
-    space = space_of(job, cluster, given, str(space_path or "the default space"))
-    store = None
-    if output is not None:
-        asked = {"job": job.hash, "space": space.values, "objective": objective, "top": top, "keep": keep,
-                 "constraints": [c.text for c in limits], "chip": cluster.chip.model_dump(mode="json")}  # fmt: skip
-        store = Store(output, _hash(asked))
-    found = Search(
-        job, cluster, space, objective=objective, constraints=limits, top=top,
-        exhaustive=exhaustive or keep == "all", sink=store.add if store is not None and keep == "all" else None,
-    )  # fmt: skip
-    return found, store
+    space = space_of(job, resolve_cluster(job.cluster, chip=chip), given, str(space_path or "the default space"))
+    return Question(job=job, chip=chip, space=dict(space.values), **asked)
 
 
-def _hash(data: Any) -> str:
-    import hashlib
+def _outcome(asked: Question, found: Search, output: str | None, workers: int | None, scheduler: str | None) -> Outcome:
+    """The search in this process, in several, or by a scheduler's workers; what it saves is told on standard error."""
+    from simulator.planner.spread.drive import here, spread
+    from simulator.planner.spread.folder import folder_at
+    from simulator.planner.spread.results import Results
 
-    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+    parts = found.parts.count
+    if workers is None and scheduler is None and parts >= MANY_PARTS:
+        from moecast.measure import cores
+
+        workers = min(cores(), MOST_UNASKED)
+    if scheduler is not None:
+        from simulator.planner.spread.on_dask import on_dask
+
+        runner = on_dask(scheduler)
+    elif (workers or 1) > 1:
+        from simulator.planner.spread.local import local
+
+        runner = local(workers or 1)
+    elif output is None:
+        return found.run()
+    else:
+        runner = here(asked, found)
+    results = None if output is None else Results(folder_at(output), asked, parts)
+    outcome = spread(asked, found, runner, results, found.progress)
+    if results is not None:
+        for name in results.torn:
+            print(f"{output}: {name} was not whole, and was done again", file=sys.stderr)
+        print(f"{results.rows:,} plans in {parts:,} parts: {output}", file=sys.stderr)
+    return outcome
 
 
 def _source(job: Path, changes: list[str] | None) -> tuple[str, ...]:
     """The words of a command that name the job as it was asked for."""
     return (str(job), *(part for text in changes or () for part in ("--set", text)))
-
-
-def _write_best(store: Store, outcome: Any) -> None:
-    import numpy as np
-
-    from simulator.planner.search import NUMBERS
-    from simulator.planner.table import FIELDS
-
-    both = outcome.best.joined(outcome.front.codes, outcome.front.numbers)
-    _, first = np.unique(both.codes, axis=0, return_index=True)
-    kept = both.taken(np.sort(first))
-    store.add(dict(zip(FIELDS, kept.codes.T, strict=True)), dict(zip(NUMBERS, kept.numbers.T, strict=True)))
-
-
-@contextmanager
-def _bar(doing: str, unit: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on a terminal, with rate and time left; nothing where standard error is a file or a pipe."""
-    if not sys.stderr.isatty():
-        yield lambda done, total: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    rate = TextColumn("{task.completed:,.0f} of {task.total:,.0f} " + unit)
-    columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), rate, TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(doing, total=None, visible=False)
-        yield lambda done, total: progress.update(task, completed=done, total=total, visible=True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -58,3 +59,32 @@ def bar(doing: str, total: int) -> Iterator[Bar]:
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as shown:
         yield Bar(shown, shown.add_task("", total=total, said=""))
+
+
+@contextmanager
+def counting(doing: str, unit: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar for many small things, told how many are done of how many, with their rate and the time left.
+
+    What was done when it is first told is no work of this run, and counts for no rate.
+    """
+    if not sys.stderr.isatty():
+        yield lambda done, total: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn
+
+    count = TextColumn("{task.completed:,.0f} of {task.total:,.0f} " + unit)
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=6), count, TextColumn("{task.fields[left]}"))
+    first: list[tuple[int, float]] = []
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(doing, total=None, visible=False, left="")
+
+        def tell(done: int, total: int) -> None:
+            now = time.monotonic()
+            if not first:
+                first.append((done, now))
+            rate = (done - first[0][0]) / max(now - first[0][1], 1e-9)
+            left = f"{rate:,.0f}/s, {(total - done) / rate:,.0f} s left" if rate > 0 else ""
+            progress.update(task, completed=done, total=total, visible=True, left=left)
+
+        yield tell

@@ -73,6 +73,8 @@ def size(
         raise QuestionError(f"--phase: together more tokens than --tokens {asked.tokens:g}")
     rate = None if storage is None else finite(storage, "--storage") * 1e9
     names = [n.strip() for n in chips.split(",") if n.strip()]
+    if not names:
+        raise QuestionError(f"--chips {chips!r:.40}: names no chip")
     answer = _answer(asked, names, read_prices(prices) if prices is not None else None, weak, largest, rate)
     if as_json:
         print_json(answer.to_dict())

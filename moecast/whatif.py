@@ -9,8 +9,8 @@ import typer
 
 from hw_profiles.errors import QuestionError
 from moecast.asked import Engine, Html, Profile, check_engine, check_page, naming, print_json
-from moecast.plan import _bar as bar
 from moecast.programs import Changes, Json
+from moecast.progress import counting as bar
 
 if TYPE_CHECKING:
     from simulator.planner.what_if import Question

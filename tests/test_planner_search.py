@@ -19,9 +19,9 @@ from simulator.job.load import load_job
 from simulator.planner.answer import by_events
 from simulator.planner.array_form import evaluate
 from simulator.planner.constraints import parse_constraint
-from simulator.planner.search import NUMBERS, Search
+from simulator.planner.kept import NUMBERS
+from simulator.planner.search import Search
 from simulator.planner.space import Space, SpaceFile, read_space, space_of
-from simulator.planner.store import Store, check
 from simulator.planner.table import FIELDS, code, get, overrides, row, with_plan
 from tests.planner_draws import JOBS, load, scalar_answers
 
@@ -273,30 +273,3 @@ def test_the_page_fits_80_columns(call: Call) -> None:
     assert status == 0 and error == ""
     assert max(len(line) for line in text.splitlines()) <= 80
     assert "as given" in text and "Why not" in text
-
-
-@pytest.mark.parametrize("keep", ["best", "all"])
-def test_results_are_a_dataset_of_plans(call: Call, tmp_path: Path, keep: str) -> None:
-    from pyarrow import parquet
-
-    arguments = ("plan", "job.yaml", "--search", "space.yaml", "--json", "--keep", keep, "-o", "found")
-    status, text, _ = call(*arguments)
-    answer = json.loads(text)
-    table = parquet.read_table(tmp_path / "found" / "part-00000.parquet")
-    assert status == 0 and check(tmp_path / "found")["rows"] == table.num_rows
-    assert table.num_rows == answer["feasible"] or keep == "best"
-    assert min(table["step_time_s"].to_pylist()) == pytest.approx(answer["best"][0]["step_time_s"])
-    assert set(FIELDS) | set(NUMBERS) == set(table.column_names)
-    first = (tmp_path / "found" / "part-00000.parquet").read_bytes()
-    assert call(*arguments)[0] == 0 and (tmp_path / "found" / "part-00000.parquet").read_bytes() == first
-    assert "holds the results of another question" in call(*arguments, "--top", "3")[2]
-    (tmp_path / "found" / "search.json").write_text('{"version": "0"}')
-    status, _, error = call(*arguments)
-    assert status == 2 and "results of version '0'; this moecast writes and reads '1'" in error
-
-
-def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
-    (tmp_path / "mine.txt").write_text("mine")
-    with pytest.raises(QuestionError, match="holds something else"):
-        Store(tmp_path, "question")
-    assert (tmp_path / "mine.txt").read_text() == "mine"

@@ -13,7 +13,9 @@ from hw_profiles.errors import QuestionError
 from simulator.analysis.forecast import forecast_on
 from simulator.job.job import Job
 from simulator.planner.constraints import Constraint
-from simulator.planner.search import NUMBERS, Kept, Outcome, Search
+from simulator.planner.kept import NUMBERS, Kept
+from simulator.planner.outcome import Outcome
+from simulator.planner.search import Search
 from simulator.planner.space import Space
 from simulator.planner.table import FIELDS, code, get, overrides, row, value, with_plan
 from simulator.planner.why_not import rejections
@@ -37,10 +39,10 @@ def answer_of(
     `source` names the job in commands (its file, and what is set beside), `folder` holds what the job names.
     """
     job, cluster = search.job, search.cluster
-    best = _records(job, found.best)
+    best = records(job, found.best)
     best = by_events(job, cluster, best, engine_top, search.objective, folder, progress)
     given, said = _given(job, cluster, "events" if engine_top else "closed-form", folder)
-    broken = {f"{name}: {rule}": n for (name, rule), n in found.broken.most_common()}
+    broken = {f"{name}: {rule}": n for (name, rule), n in found.most_broken()}
     return PlanSearch(
         job=job.name,
         cluster=cluster.name,
@@ -58,7 +60,7 @@ def answer_of(
         given=given,
         given_said=said,
         best=tuple(best),
-        pareto=tuple(sorted(_records(job, found.front), key=lambda p: p.step_time_s)),
+        pareto=tuple(sorted(records(job, found.front), key=lambda p: p.step_time_s)),
         rejected=_why_not(job, cluster, search.space, best[0], search.constraints, search.objective, source),
         broken=broken,
     )
@@ -76,7 +78,8 @@ def _why_not(
     return rejections(job, cluster, space, winner.plan, constraints, objective, source)
 
 
-def _records(job: Job, kept: Kept) -> list[RankedPlan]:
+def records(job: Job, kept: Kept) -> list[RankedPlan]:
+    """Plans that a search kept, as records, in their order."""
     columns = dict(zip(FIELDS, kept.codes.T, strict=True))
     return [_record(job, row(columns, i), dict(zip(NUMBERS, kept.numbers[i].tolist(), strict=True)))
             for i in range(len(kept.codes))]  # fmt: skip

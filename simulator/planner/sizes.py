@@ -22,7 +22,7 @@ from hw_profiles.yaml_reader import read_yaml
 from simulator.job.job import Job
 from simulator.job.load import job_from_mapping
 from simulator.kernels.roofline import Kernels
-from simulator.planner.answer import _records
+from simulator.planner.answer import records
 from simulator.planner.search import Search
 from simulator.planner.space import SpaceFile, divisors, space_of
 from simulator.planner.table import with_plan
@@ -132,7 +132,7 @@ def best_plan(job: Job) -> RankedPlan:
     }
     space = space_of(job, cluster, validate(SpaceFile, small, "size"), "size")
     search = Search(job, cluster, space, top=1)
-    return _records(job, search.run().best)[0]
+    return records(job, search.run().best)[0]
 
 
 def point(asked: Asked, chip: Chip, chips: int, spec: Mapping[str, Any], prices: Mapping[str, Price]) -> SizePoint:

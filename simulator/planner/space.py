@@ -82,6 +82,11 @@ class SpaceFile(Section):
     software: SoftwareSpace = SoftwareSpace()
 
 
+# Rows in the order of these fields, the first changing slowest: rows near each other walk the same pipelines.
+_PIPELINES = ("plan.pipeline", "plan.virtual_stages")
+ROW_ORDER = (*_PIPELINES, *(name for name in CORE if name not in _PIPELINES))
+
+
 @dataclass(frozen=True, slots=True)
 class Space:
     """Codes of the values of every field of `table.FIELDS`, in their order; all combinations are the plans."""
@@ -102,16 +107,20 @@ class Space:
         grid = self._product(BLOCK)
         return [tuple(int(c[i]) for c in grid) for i in range(len(grid[0]))]
 
-    def cores(self) -> Iterator[list[Column]]:
-        """The rows of degrees in columns of `CORE`, chunk by chunk, so that memory stays flat."""
-        sizes = [len(self.values[name]) for name in CORE]
-        for low in range(0, math.prod(sizes), CHUNK):
-            left = np.arange(low, min(math.prod(sizes), low + CHUNK))
-            columns = []
-            for name, size in zip(reversed(CORE), reversed(sizes), strict=True):
-                left, at = np.divmod(left, size)
-                columns.append(np.array(self.values[name])[at])
-            yield columns[::-1]
+    def cores(self, low: int = 0, high: int | None = None) -> Iterator[list[Column]]:
+        """Rows of degrees, all or from `low` to `high`, in columns of `CORE`, chunk by chunk: memory stays flat."""
+        end = math.prod(len(self.values[name]) for name in CORE) if high is None else high
+        for start in range(low, end, CHUNK):
+            yield self.rows(np.arange(start, min(end, start + CHUNK)))
+
+    def rows(self, which: Column) -> list[Column]:
+        """Rows of degrees by their numbers, in columns of `CORE`; in the order of `ROW_ORDER`."""
+        columns = {}
+        for name in reversed(ROW_ORDER):
+            values = np.array(self.values[name])
+            which, at = np.divmod(which, len(values))
+            columns[name] = values[at]
+        return [columns[name] for name in CORE]
 
     def _product(self, names: tuple[str, ...]) -> list[Column]:
         grid = np.meshgrid(*(np.array(self.values[name]) for name in names), indexing="ij")
