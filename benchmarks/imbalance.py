@@ -85,11 +85,7 @@ def fitted(folder: Path) -> Path:
     for width, hidden in FIT:
         job = json.loads(json.dumps(JOB)) | {"name": f"balanced-{width}-{hidden}"}
         job["model"]["hidden"], job["model"]["decoder"]["moe"]["expert"]["hidden"] = width, hidden
-        tokens = job["batch"]["sequences"] * job["batch"]["length"]
-        name = f"even-{len(paths)}.csv"
-        rows = [f"0,0,{e},{n}" for e, n in enumerate(counts(tokens, 1.0))]
-        (folder / name).write_text("\n".join(["step,layer,expert,tokens", *rows]) + "\n")
-        job["training"]["routing"] = {"model": "replay", "file": name, "forced": True}
+        job["training"]["routing"] = {"model": "even", "forced": True}
         paths.append(folder / f"{job['name']}.json")
         paths[-1].write_text(json.dumps(job))
     bench, steps, profile = (str(folder / name) for name in ("bench.parquet", "steps.parquet", "here.yaml"))
