@@ -1,7 +1,7 @@
 """What the trainer shows: families below the text's bigram entropy, z-loss, number of experts, fine-tuning.
 
     python benchmarks/train_examples.py families     # the five small siblings, 8 devices, some minutes each
-    python benchmarks/train_examples.py z-loss       # ST-MoE's point: an unstable setting, with and without z-loss
+    python benchmarks/train_examples.py z-loss       # ST-MoE's point: unstable settings, with and without z-loss
     python benchmarks/train_examples.py experts      # Switch table 7's direction: more experts at equal FLOPs per token
     python benchmarks/train_examples.py fine-tune    # from a checkpoint, with experts frozen
 
