@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hw_profiles.errors import QuestionError, nearest
+from moecast.asked import Html, check_page
 from moecast.programs import Changes, Json
 from moecast.progress import counting
 
@@ -64,6 +65,7 @@ def plan(
     part_plans: Annotated[
         int, typer.Option(min=1, max=1 << 26, help="Plans of a part: how often -o saves, what a worker takes.")
     ] = 1 << 22,
+    html: Html = None,
     set_: Changes = None,
     as_json: Json = False,
 ) -> None:
@@ -75,6 +77,7 @@ def plan(
     for name, given, known in (("--objective", objective, OBJECTIVES), ("--keep", keep, KEEP)):
         if given not in known:
             raise QuestionError(f"{name} {given!r:.40}: must be one of {', '.join(known)}{nearest(given, known)}")
+    check_page(html)
     if workers is not None and scheduler is not None:
         raise QuestionError("--workers, --scheduler: one of them; a scheduler has workers of its own")
     asked = _question(
@@ -89,12 +92,18 @@ def plan(
         answer = answer_of(
             found, outcome, engine_top=engine_top, source=_source(job, set_), folder=job.parent, progress=tell
         )
+    if html is not None:
+        from reports.plan_page import write_plan_page
+
+        write_plan_page(answer, html)
     if as_json:
         print(json.dumps(answer.to_dict(), indent=2, allow_nan=False))
     else:
         from rich.console import Console
 
         print_search(answer, Console())
+        if html is not None:
+            print(f"report: {html}")
 
 
 def _question(

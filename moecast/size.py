@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hw_profiles.errors import QuestionError, nearest
-from moecast.asked import finite, print_json
+from moecast.asked import Html, check_page, finite, print_json
 from moecast.programs import Changes, Json
 from moecast.progress import NO, busy
 
@@ -47,6 +47,7 @@ def size(
     ] = None,
     storage: Annotated[str | None, typer.Option(metavar="GB/S", help="Storage bandwidth, for checkpoints.")] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 3 where no count is enough.")] = False,
+    html: Html = None,
     set_: Changes = None,
     as_json: Json = False,
 ) -> None:
@@ -55,6 +56,7 @@ def size(
     from simulator.planner.largest import WHAT
     from simulator.planner.sizes import TERMS, Asked, read_prices
 
+    check_page(html)
     for name, given, known in (("--terms", terms, TERMS), ("--largest", largest, WHAT)):
         if given is not None and given not in known:
             raise QuestionError(f"{name} {given!r:.40}: must be one of {', '.join(known)}{nearest(given, known)}")
@@ -76,12 +78,18 @@ def size(
     if not names:
         raise QuestionError(f"--chips {chips!r:.40}: names no chip")
     answer = _answer(asked, names, read_prices(prices) if prices is not None else None, weak, largest, rate)
+    if html is not None:
+        from reports.size_page import write_size_page
+
+        write_size_page(answer, html)
     if as_json:
         print_json(answer.to_dict())
     else:
         from rich.console import Console
 
         print_sizing(answer, Console())
+        if html is not None:
+            print(f"report: {html}")
     if strict and not answer.smallest:
         raise typer.Exit(NO)
 

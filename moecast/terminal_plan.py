@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from moecast.terminal_text import Say
 from reports import units
+from reports.parts import plan_text, plan_value
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -15,8 +16,6 @@ if TYPE_CHECKING:
     from simulator.results.plans import PlanSearch, RankedPlan, Rejection
 
 ROWS, FRONT_ROWS, WHY_ROWS = 10, 8, 12
-USUAL = ("tensor", "context", "data", "pipeline")
-ZERO = {"none": "", "optimizer": "zero1", "gradients": "zero2", "parameters": "fsdp"}
 
 
 def print_search(answer: PlanSearch, console: Console) -> None:
@@ -71,38 +70,12 @@ def _beside(answer: PlanSearch, best: RankedPlan, say: Say) -> Table:
     if given is not None:
         for name, new in best.plan.items():
             if new != given.plan.get(name):
-                add(name, _shown(new), _shown(given.plan.get(name)))
+                add(name, plan_value(new), plan_value(given.plan.get(name)))
     return table
 
 
 def _usd(plan: RankedPlan) -> str:
     return "no price" if plan.usd_per_1b_tokens is None else units.dollars(plan.usd_per_1b_tokens)
-
-
-def _shown(what: Any) -> str:
-    if isinstance(what, (tuple, list)):
-        return ",".join(str(w)[0] for w in what)
-    if what is None:
-        return "default"
-    return {True: "on", False: "off"}[what] if isinstance(what, bool) else str(what)
-
-
-def plan_text(plan: Mapping[str, Any]) -> str:
-    """A plan in one line: T tensor, C context, P pipeline x virtual, E expert x its tensor, b sequences, and names."""
-    p = {name.rpartition(".")[2]: what for name, what in plan.items()}
-    virtual = f"x{p['virtual_stages']}" if p["virtual_stages"] > 1 else ""
-    sliced = f"x{p['expert_tensor']}" if p["expert_tensor"] > 1 else ""
-    parts = [f"T{p['tensor']}"]
-    parts += [f"C{p['context']}"] * (p["context"] > 1)
-    parts += [f"P{p['pipeline']}{virtual}"]
-    parts += [f"E{p['expert']}{sliced}"] * (p["expert"] * p["expert_tensor"] > 1)
-    parts += [f"b{p['microbatch_sequences'] or 'default'}"]
-    parts += [p["schedule"]] * (p["pipeline"] > 1)
-    parts += [ZERO[p["shard"]] + (f"/{p['shard_degree']}" if p["shard_degree"] else "")]
-    parts += ["sp"] * bool(p["sequence_parallel"])
-    parts += [f"remat-{p['remat']}"] * (p["remat"] != "none")
-    parts += [_shown(p["order"])] * (tuple(p["order"]) != USUAL)
-    return " ".join(part for part in parts if part)
 
 
 def _plans(plans: Sequence[RankedPlan], fastest_s: float, say: Say) -> Table:
@@ -127,6 +100,6 @@ def _why(rejected: Sequence[Rejection], say: Say) -> Table:
     table = say.new(("field", "left"), ("not", "left"), ("", "left"), ("because", "wrap"))
     for r in rejected:
         name = r.field.removeprefix("plan.").removeprefix("training.").removeprefix("software.")
-        cells = (name, _shown(r.value), r.kind, r.said)
+        cells = (name, plan_value(r.value), r.kind, r.said)
         table.add_row(*(say.text(c) for c in cells))
     return table

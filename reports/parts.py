@@ -30,6 +30,11 @@ MEMORY_PARTS: tuple[tuple[str, str, bool], ...] = (
 )
 
 
+# The order of mesh axes that goes without saying, and what a shard setting is called.
+USUAL = ("tensor", "context", "data", "pipeline")
+ZERO = {"none": "", "optimizer": "zero1", "gradients": "zero2", "parameters": "fsdp"}
+
+
 def time_parts(forecast: Forecast) -> list[tuple[str, float]]:
     """(words, seconds) of each part of the step."""
     return [(words, getattr(forecast.parts, name)) for name, words, _ in TIME_PARTS]
@@ -116,3 +121,30 @@ def plan_line(plan: Mapping[str, Any]) -> str:
     ]
     text = ", ".join(k.replace("_", " ") if v is True else f"{k.replace('_', ' ')} {words(v)}" for k, v in said)
     return text or "no parallelism"
+
+
+def plan_value(what: Any) -> str:
+    """A field's value in a word; an order of axes by their initials."""
+    if isinstance(what, (tuple, list)):
+        return ",".join(str(w)[0] for w in what)
+    if what is None:
+        return "default"
+    return {True: "on", False: "off"}[what] if isinstance(what, bool) else str(what)
+
+
+def plan_text(plan: Mapping[str, Any]) -> str:
+    """A plan in one line: T tensor, C context, P pipeline x virtual, E expert x its tensor, b sequences, and names."""
+    p = {name.rpartition(".")[2]: what for name, what in plan.items()}
+    virtual = f"x{p['virtual_stages']}" if p["virtual_stages"] > 1 else ""
+    sliced = f"x{p['expert_tensor']}" if p["expert_tensor"] > 1 else ""
+    parts = [f"T{p['tensor']}"]
+    parts += [f"C{p['context']}"] * (p["context"] > 1)
+    parts += [f"P{p['pipeline']}{virtual}"]
+    parts += [f"E{p['expert']}{sliced}"] * (p["expert"] * p["expert_tensor"] > 1)
+    parts += [f"b{p['microbatch_sequences'] or 'default'}"]
+    parts += [p["schedule"]] * (p["pipeline"] > 1)
+    parts += [ZERO[p["shard"]] + (f"/{p['shard_degree']}" if p["shard_degree"] else "")]
+    parts += ["sp"] * bool(p["sequence_parallel"])
+    parts += [f"remat-{p['remat']}"] * (p["remat"] != "none")
+    parts += [plan_value(p["order"])] * (tuple(p["order"]) != USUAL)
+    return " ".join(part for part in parts if part)
