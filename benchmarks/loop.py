@@ -103,7 +103,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, default=Path("runs/loop"))
     parser.add_argument("--only", type=int, choices=(2, 8), help="jobs of so many devices alone")
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=18)
     options = parser.parse_args()
     begun, out = time.monotonic(), options.out
     fit, held = ([v for v in vs if options.only in (None, v.devices)] for vs in (FIT, HELD_OUT))
@@ -114,8 +114,8 @@ def main() -> None:
         run("bench", "--devices", str(devices), "--seconds", "0.05", "-o", benches[-1])
     table, profile, page = (str(out / name) for name in ("steps.parquet", "here.yaml", "loop.html"))
     # All in turn: a machine whose speed drifts drifts alike for what is fitted and what is held out.
-    run("measure", *fit_jobs, *held_jobs, "--steps", str(options.steps), "--traced", "8", "--rounds", "2",
-        "--turns", "4", "-o", table)  # fmt: skip
+    run("measure", *fit_jobs, *held_jobs, "--steps", str(options.steps), "--traced", "6", "--rounds", "2",
+        "--turns", "3", "-o", table)  # fmt: skip
     left = [f"--hold-out={v.name}" for v in held]
     run("calibrate", *benches, table, "--base", "cpu-host", *left, "-o", profile)
     run("validate", table, "--profile", profile, "--html", page)
