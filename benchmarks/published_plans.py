@@ -21,6 +21,7 @@ from benchmarks.score_steps import chosen_rows
 from hw_profiles.errors import QuestionError
 from hw_profiles.loader import resolve_cluster
 from moecast.progress import bar
+from reports.parts import USUAL
 from simulator.analysis.comparison import compare
 from simulator.analysis.forecast import forecast_on
 from simulator.calibration.step_rows import step_job
@@ -75,6 +76,7 @@ def beside(name: str, job: Job) -> dict[str, Any]:
     best_s, best_bytes = (float(found.best.column(what)[0]) for what in ("step_time_s", "memory_peak_bytes"))
     out |= {"best_s": best_s, "best_bytes": best_bytes, "over": used.step_time_s / best_s - 1, "plans": found.valid}
     own = {f: get(job, f) for f in FIELDS}
+    own["plan.placement.order"] = own["plan.placement.order"] or USUAL
     # What the job leaves to its defaults, and a remat of its own, are not changes.
     changed = {f.rpartition(".")[2]: (own[f], best[f]) for f in FIELDS if best[f] not in (own[f], "job", None)}
     said = ", ".join(f"{field} {a} -> {b}" for field, (a, b) in changed.items())
@@ -85,9 +87,8 @@ def beside(name: str, job: Job) -> dict[str, Any]:
         return out | {"why": ""}
     parts = compare((job, cluster, None), (with_plan(job, best), cluster, None)).parts
     most = min(parts, key=lambda p: p.difference_s)
-    return out | {
-        "why": f"{said}: {most.part.replace('_', ' ')} {most.difference_s / used.step_time_s:+.0%} of the step"
-    }
+    part = most.part.removesuffix("_s").replace("_", " ")
+    return out | {"why": f"{said}: {part} {most.difference_s / used.step_time_s:+.0%} of the step"}
 
 
 def main() -> int:
