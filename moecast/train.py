@@ -118,6 +118,9 @@ def prepare(cluster: Cluster, local: int) -> None:
     if cluster.devices > 1:
         # Each device has a thread of its own; more threads in each would fight for the cores.
         flags.append("--xla_cpu_multi_thread_eigen=false")
+        # A program for several CPU devices that comes from JAX's cache no longer keeps its collectives in order: one
+        # device waits in an all-reduce, another in an all-to-all, for ever (jaxlib 0.10.2, soon after the start).
+        os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
     os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *flags]).strip()
 
 

@@ -170,3 +170,12 @@ def test_a_process_that_dies_ends_the_others_with_a_message(
     finish(both[victim])
     assert code == 4 and time.monotonic() - begun < 30 < LIMIT_S
     assert "another process" in [line for line in error.splitlines() if line.startswith("moecast: ")][-1]
+
+
+def test_a_program_for_several_devices_that_was_compiled_before_does_not_hang(job: Path, tmp_path: Path) -> None:
+    # Loaded from JAX's cache it did, in its first steps.
+    four = ("--steps", STEPS, "--devices", 4, "--set", "plan.expert=4")
+    for name in ("compiled", "again"):
+        code, _, error = train(job, *four, "--out", tmp_path / name, cache=tmp_path / "cache", optimised=True)
+        assert code == 0, error
+    assert losses(tmp_path / "again") == losses(tmp_path / "compiled")
