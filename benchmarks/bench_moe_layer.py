@@ -114,7 +114,7 @@ class Layers:
             return moe_layer(s, stack.moe, x, p, None)
 
         def loss(p: Any, x: Any, weight: Any) -> Any:
-            y, sums, seen = checkpointed(s, layer, scanned=False)(x, p)
+            y, sums, seen = checkpointed(s, layer, scanned=True)(x, p)
             router = weighted(finish(sums, how), how) if sums else 0.0
             return (y * weight).sum() + router, seen
 
