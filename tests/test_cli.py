@@ -16,7 +16,6 @@ from typing import Any, Never
 import pytest
 import yaml
 
-from moecast import cli
 from simulator.analysis.forecast import forecast
 from simulator.job.job import Job
 from simulator.job.load import load_job
@@ -32,20 +31,11 @@ Call = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
-    """Runs the command in this process, in a folder of its own: exit code, standard output and error."""
+def call(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call:
+    """In a folder of its own, for 120 columns."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "120")
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["moecast", *map(str, arguments)])
-        with pytest.raises(SystemExit) as left:
-            cli.main()
-        code = left.value.code or 0
-        assert isinstance(code, int)
-        return (code, *capsys.readouterr())
-
-    return run
+    return call
 
 
 def strictly(text: str) -> Any:

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 
 from hw_profiles.errors import QuestionError, WorkFailed
-from moecast import cli
 from simulator.job.load import load_job
 from simulator.planner.kept import NUMBERS
 from simulator.planner.space import SpaceFile, space_of
@@ -36,17 +35,10 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def call(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
-    """Runs the command in this process: exit code, standard output and error."""
+def call(call: Call, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Call:
+    """The search of these tests, with more options."""
     monkeypatch.chdir(folder)
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["moecast", *runs.command(*arguments)[3:]])
-        with pytest.raises(SystemExit) as left:
-            cli.main()
-        return (int(left.value.code or 0), *capsys.readouterr())
-
-    return run
+    return lambda *arguments: call(*runs.command(*arguments)[3:])
 
 
 @pytest.fixture(scope="module")

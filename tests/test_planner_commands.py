@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
 
-from moecast import cli
 from tests import plan_runs as runs
 
 Call = Callable[..., tuple[int, str, str]]
@@ -18,19 +16,11 @@ SIZE = ("size", "mixtral-8x7b", "--tokens", "1e11", "--days", "10")
 
 
 @pytest.fixture
-def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
-    """Runs a command in a folder with a job and a space: exit code, standard output and error."""
+def call(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call:
+    """In a folder with a job and a space."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "80")
     runs.write_question(tmp_path)
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["moecast", *arguments])
-        with pytest.raises(SystemExit) as left:
-            cli.main()
-        return (int(left.value.code or 0), *capsys.readouterr())
-
-    return run
+    return call
 
 
 def _refused(answer: tuple[int, str, str]) -> str:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from hw_profiles.loader import resolve_cluster
-from moecast import cli
 from reports import plan_page, size_page
 from simulator.job.load import load_job
 from simulator.planner.answer import answer_of
@@ -19,6 +18,7 @@ from simulator.planner.space import SpaceFile, space_of
 from simulator.results.plans import PlanSearch
 from simulator.results.sizing import Phase, SizePoint, Sizing
 
+Call = Callable[..., tuple[int, str, str]]
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
@@ -86,21 +86,14 @@ def test_a_size_is_drawn_as_it_came_out() -> None:
     assert "No count that was tried" in size_page.render(replace(s, smallest=(), points=points[3:], weak=()))
 
 
-def test_the_commands_write_pages(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_commands_write_pages(call: Call, tmp_path: Path) -> None:
     space = tmp_path / "space.yaml"
     space.write_text("plan: {tensor: [1, 2], pipeline: [1], schedule: [1f1b]}\n")
-    job = str(EXAMPLES / "mixtral-8x7b.yaml")
-    size = ["size", "mixtral-8x7b", "--tokens", "1e11", "--days", "60"]
-    for command in (["plan", job, "--search", str(space)], size):
-        for where, code in ((tmp_path / "out.html", 0), (tmp_path / "none" / "out.html", 4)):
-            monkeypatch.setattr(sys, "argv", ["moecast", *command, "--html", str(where), "--json"])
-            with pytest.raises(SystemExit) as left:
-                cli.main()
-            out, err = capsys.readouterr()
-            assert (left.value.code or 0) == code, err
-            assert where.is_file() is (code == 0)
-            if code == 0:
-                assert json.loads(out) and where.read_text().startswith("<!doctype html>")
-                where.unlink()
+    size = ("size", "mixtral-8x7b", "--tokens", "1e11", "--days", "60")
+    for command in (("plan", EXAMPLES / "mixtral-8x7b.yaml", "--search", space), size):
+        page = tmp_path / "out.html"
+        code, out, _ = call(*command, "--html", page, "--json")
+        assert code == 0 and json.loads(out) and page.read_text().startswith("<!doctype html>")
+        page.unlink()
+        code, out, said = call(*command, "--html", tmp_path / "none" / "out.html")
+        assert (code, out) == (4, "") and "no such folder" in said

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ import pytest
 import yaml
 
 from hw_profiles.errors import QuestionError
-from moecast import cli
 from simulator.job.load import load_job
 from simulator.planner.answer import by_events
 from simulator.planner.array_form import evaluate
@@ -37,20 +35,12 @@ FEW = {"plan": {"tensor": [1, 2], "pipeline": [1, 2], "virtual_stages": 1, "sche
 
 
 @pytest.fixture
-def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
-    """Runs the command in a folder with a job and a space: exit code, standard output and error."""
+def call(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call:
+    """In a folder with a job and a space."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "80")
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(SMALL))
     (tmp_path / "space.yaml").write_text(yaml.safe_dump(FEW))
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["moecast", *arguments])
-        with pytest.raises(SystemExit) as left:
-            cli.main()
-        return (int(left.value.code or 0), *capsys.readouterr())
-
-    return run
+    return call
 
 
 def _small_space(job: Any, devices: int, rng: np.random.Generator) -> Space:

@@ -17,7 +17,6 @@ import pytest
 
 from hw_profiles.errors import QuestionError, WorkFailed
 from hw_profiles.loader import resolve_cluster
-from moecast import cli
 from runs import TINY, train, write_tiny
 from simulator.analysis.forecast import forecast
 from simulator.engine.loads import moe_layers
@@ -382,21 +381,13 @@ def test_an_address_is_a_host_and_a_port(text: str) -> None:
 
 
 @pytest.fixture
-def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
-    """Runs `moecast train` in this process: exit code, standard output and error."""
+def call(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call:
+    """`moecast train` in a folder of its own."""
     monkeypatch.chdir(tmp_path)
     for name in ("JAX_PLATFORMS", "XLA_FLAGS"):
         monkeypatch.setenv(name, "")  # and so are put back
         monkeypatch.delenv(name)
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["moecast", "train", *arguments])
-        with pytest.raises(SystemExit) as left:
-            cli.main()
-        out, error = capsys.readouterr()
-        return int(left.value.code or 0), out, error
-
-    return call
+    return lambda *arguments: call("train", *arguments)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +17,6 @@ from hw_profiles import Chip, QuestionError, load_chip
 from hw_profiles.fitted_rows import rows_used
 from hw_profiles.loader import load_chip_file
 from hw_profiles.schema import Calibration, FittedTable
-from moecast import cli
 from simulator.analysis.forecast import forecast
 from simulator.calibration.published import read_rows
 from simulator.calibration.tables import write_table
@@ -37,17 +35,10 @@ KEYS = {
 
 
 @pytest.fixture
-def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
-    """Runs the command in this process, in a folder of its own: exit code, standard output and error."""
+def call(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call:
+    """In a folder of its own."""
     monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["moecast", *arguments])
-        with pytest.raises(SystemExit) as left:
-            cli.main()
-        return (int(left.value.code or 0), *capsys.readouterr())
-
-    return run
+    return call
 
 
 def a_job(name: str) -> Job:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +12,6 @@ from hw_profiles.errors import QuestionError
 from hw_profiles.loader import load_chip, resolve_cluster
 from hw_profiles.overrides import quantities
 from hw_profiles.yaml_reader import read_yaml
-from moecast import cli
 from simulator.analysis.attribution import NOT_BY_OP, attribute
 from simulator.analysis.forecast import forecast, forecast_on
 from simulator.job.load import load_job
@@ -27,19 +25,6 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
 MIXTRAL = ROOT / "examples" / "mixtral-8x7b.yaml"
 DEEPSEEK = ROOT / "examples" / "deepseek-v3.yaml"
 Call = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
-    monkeypatch.setenv("COLUMNS", "80")
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["moecast", *map(str, arguments)])
-        with pytest.raises(SystemExit) as left:
-            cli.main()
-        return (int(left.value.code or 0), *capsys.readouterr())
-
-    return run
 
 
 def question(path: Path) -> Question:
