@@ -151,6 +151,7 @@ class StageFormula:
         update = self.costs.update_s(dense, expert)
         out.compute_s = out.compute_s + update
         once = [] if self.costs.every_microbatch else self.costs.reductions(out.summed_parameters, expert, out.calls)
+        once = [*once, *self.costs.own_sums(out.calls)]
         gathers = self.costs.new_weights(dense, expert, out.calls)
         return (
             update

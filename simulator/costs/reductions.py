@@ -27,11 +27,19 @@ class StateCosts:
         self.shards = Shards.of(degrees)
 
     def _comm(
-        self, scope: str, kind: str, size: Number, axis: str, bytes_: Number, apart: Number = 1, parts: Number = 1.0
+        self,
+        scope: str,
+        kind: str,
+        size: Number,
+        axis: str,
+        bytes_: Number,
+        apart: Number = 1,
+        parts: Number = 1.0,
+        *,
+        merged: bool = False,
     ) -> CommTime:
         rate = self.timer.rate_of(kind, size, axis, apart)
         stride = self.degrees.strides[axis] * apart
-        merged = kind == "all_reduce"
         if merged:
             parts = merged_starts(self.cluster, parts)
         seconds = parts * rate.seconds(bytes_ / parts)
@@ -66,7 +74,7 @@ class StateCosts:
             if not some(size > 1) or not some(parameters > 0):
                 continue
             with_own = what == "gradients"
-            arrays = parts + self._sums() + self._norms(size) * calls[1] if with_own else parts
+            arrays = parts + self._joining(size, calls[1]) if with_own else parts
             whole = self._reduces_whole(shard)
             if zero in ("gradients", "parameters") and some(shard > 1) and some(1 - whole):
                 # In columns some plans have one shard, or reduce whole: a collective that they lack carries nothing.
@@ -76,33 +84,62 @@ class StateCosts:
                 if some(size > shard):
                     between = size // shard
                     out.append(
-                        self._comm(f"{what}.all_reduce", "all_reduce", between, axis, split / shard, shard, arrays)
+                        self._comm(
+                            f"{what}.all_reduce", "all_reduce", between, axis, split / shard, shard, arrays, merged=True
+                        )
                     )
                 if some(whole):
                     all_ = where(whole, bytes_, 0.0)
-                    out.append(self._comm(f"{what}.all_reduce", "all_reduce", size, axis, all_, parts=arrays))
+                    out.append(self._comm(f"{what}.all_reduce", "all_reduce", size, axis, all_, 1, arrays, merged=True))
             elif zero == "optimizer":
                 scatter = self._comm(f"{what}.reduce_scatter", "reduce_scatter", size, axis, bytes_, parts=parts)
                 out.append(scatter)
             else:
-                out.append(self._comm(f"{what}.all_reduce", "all_reduce", size, axis, bytes_, parts=arrays))
+                out.append(self._comm(f"{what}.all_reduce", "all_reduce", size, axis, bytes_, 1, arrays, merged=True))
         return out
 
-    def _sums(self) -> Number:
-        """Arrays of the trainer's own sums that XLA:CPU merges with the gradients: the loss's and the routers'."""
-        if not self.habits.each_array or self.job.plan.shard != "none":
-            return 0.0
-        return where(self.degrees.microbatches > 1, 0.0, 2.0 if self.job.model.moes else 1.0)
+    @property
+    def _norms(self) -> float:
+        """Norms of the gradients: one is reported, another clips."""
+        return 1.0 if self.job.training.learning.clip_norm is None else 2.0
 
-    def _norms(self, size: Number) -> Number:
-        """How many norms of experts' gradients are merged with an all-reduce of `size`, whose group the experts have.
+    def _joining(self, size: Number, expert_arrays: Number) -> Number:
+        """Arrays of the trainer's own sums that XLA:CPU merges with the gradients' all-reduce over `size` ranks.
 
-        One is reported, another clips; squares are summed over the ranks that have different experts.
+        Those of the loss and of the routers, unless every microbatch has its own; and the squares of the experts'
+        gradients, where ranks with different experts are the same group.
         """
-        d, count = self.degrees, 1.0 if self.job.training.learning.clip_norm is None else 2.0
+        d = self.degrees
         if not self.habits.each_array or self.job.plan.shard != "none":
             return 0.0
-        return where(d.expert > 1, where(d.expert == size, count, 0.0), 0.0)
+        sums = where(d.microbatches > 1, 0.0, 2.0 if self.job.model.moes else 1.0)
+        return sums + where(d.expert == size, self._norms * expert_arrays, 0.0)
+
+    def own_sums(self, calls: tuple[Number, Number]) -> list[CommTime]:
+        """What our trainer sums over ranks beside the gradients, in a step; `calls` see `calls`.
+
+        Weights of the targets once; loss and routers for every microbatch (once for those of a pipeline), as one array
+        that may be merged with the gradients, and the largest logits. The squares of experts' gradients, unless merged.
+        On XLA:CPU only: elsewhere so few numbers are lost beside the gradients.
+        """
+        d, alone = self.degrees, self.job.plan.shard != "none"
+        if not self.habits.each_array:
+            return []
+        out, replicas = [], d.data * d.context
+        model = self.job.model
+        experts = [x.moe.experts for x in (*model.encoder_layers, *model.decoder_layers) if x.moe is not None]
+        times = 1.0 if d.pipelined else d.microbatches
+        sums = times if alone else where(d.microbatches > 1, times, 0.0)
+        if some(replicas > 1):
+            bytes_ = 4.0 * (1 + times * (4 + sum(2 * e + 8 for e in experts)))
+            parts = 1 + sums + (times if experts else 0.0)
+            out.append(self._comm("step.sums", "all_reduce", replicas, "replica", bytes_, parts=parts))
+        apart = where(d.expert > 1, where(d.expert == replicas, 1.0 if alone else 0.0, 1.0), 0.0)
+        if some(apart):
+            arrays = calls[1] * self._norms
+            bytes_ = 4.0 * arrays * apart
+            out.append(self._comm("optimizer.update", "all_reduce", d.expert, "expert", bytes_, 1, arrays, merged=True))
+        return out
 
     def _reduces_whole(self, shard: Number) -> Number:
         """XLA:TPU all-reduces wide FSDP gradients (v5e, v5p, v6e, seen at 64 ways; facts/aot.md), TPU 7x does not."""
@@ -126,12 +163,6 @@ class StateCosts:
                 if some(size > 1) and some(parameters > 0):
                     bytes_ = parameters * self.habits.new_weight_bytes
                     out.append(self._comm(f"{what}.all_gather", "all_gather", size, axis, bytes_, parts=parts))
-        d = self.degrees
-        apart = where(d.expert > 1, 1.0 - (self._norms(d.data * d.context) > 0), 0.0)
-        if self.habits.each_array and some(apart):
-            sums = calls[1] * (1.0 if self.job.training.learning.clip_norm is None else 2.0)
-            bytes_ = 4.0 * sums * apart
-            out.append(self._comm("optimizer.update", "all_reduce", d.expert, "expert", bytes_, parts=sums))
         return out
 
     def update_s(self, dense: Number, expert: Number) -> Number:

@@ -133,6 +133,7 @@ class WorkBuilder:
                 for t in reductions:
                     chunk.input.add(replace(t, bytes=t.bytes * share, calls=t.calls * share))
             reductions = []
+        reductions += [_whole(c, "gradients", overlap.gradients) for c in self.costs.own_sums(calls)]
         return DeviceWork(
             chunks=chunks,
             reductions=reductions,

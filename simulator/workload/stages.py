@@ -238,24 +238,7 @@ class _Builder:
         piece = Piece("logits", work, table + norm_parameters(m), 0.0, is_layer=False)
         if habits.each_array:
             piece.dense_calls = norm_tensors(m) + (0 if tied else 1)
-            self._sums(work)
         return piece
-
-    def _sums(self, work: LayerWork) -> None:
-        """The trainer's own sums over all tokens, in fp32: loss, weights; per layer with experts what its router did.
-
-        The weights once a step, the others for every microbatch (once for those of a pipeline): sums, which are merged
-        with the gradients where these are all-reduced at the same time, and the largest of what is called so.
-        """
-        moes = [
-            layer.moe for layer in (*self.model.encoder_layers, *self.model.decoder_layers) if layer.moe is not None
-        ]
-        floats = 5 + sum(2 * moe.experts + 8 for moe in moes)
-        m = self.degrees.microbatches
-        apart = 1 if self.job.plan.shard != "none" else where(m > 1, 1, 0)
-        calls = 1 / m + apart + (1 if moes else 0)
-        often = 1 / m if self.degrees.pipelined else 1.0
-        work.comms.append(Comm("step.sums", "all_reduce", "replica", 4 * floats / calls, calls * often, 0))
 
     def mtp(self, length: int) -> Piece:
         """One multi-token prediction module: projection 2D -> D, a decoder layer, and the shared head once more."""
