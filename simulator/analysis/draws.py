@@ -15,6 +15,7 @@ from simulator.engine.loads import ExpertLoads
 from simulator.engine.setup import Setup
 from simulator.job.job import Job
 from simulator.results.forecast import Memory
+from simulator.workload.habits import overlap_of
 from simulator.workload.schedules import StageTimes, in_flight, pipeline_time
 from simulator.workload.stages import Workload
 
@@ -28,13 +29,15 @@ def _mean_excess(loads: ExpertLoads, stages: int) -> list[float]:
     return [sum(loads.excess(0, s, m) for m in range(count)) / count for s in range(stages)]
 
 
-def _pipeline(job: Job, setup: Setup, formula: ClosedForm, excess: list[float]) -> float:
-    """Seconds of the pipeline when stage s has this excess; per device for interleaved, chunks averaged."""
+def _pipeline(job: Job, setup: Setup, formula: ClosedForm, excess: list[float], hidden: bool) -> float:
+    """Seconds of the pipeline when stage s has this excess; per device for interleaved, chunks averaged.
+
+    `hidden`: all-to-alls run beside compute.
+    """
     times = []
     for p, stage in enumerate(formula.stages):
         assert stage.times is not None
         chunks = setup.devices[p].chunks[: setup.virtual]
-        hidden = job.software.overlap.all_to_all
         hot_f, hot_b = (
             sum(
                 (x.hot_s + (0.0 if hidden else x.hot_network_s)) * excess[v * setup.stages + p]
@@ -56,13 +59,14 @@ def _pipeline(job: Job, setup: Setup, formula: ClosedForm, excess: list[float]) 
 
 
 def percentiles(
-    job: Job, setup: Setup, formula: ClosedForm, loads: ExpertLoads, step_s: float, samples: int
+    job: Job, chip_kind: str, setup: Setup, formula: ClosedForm, loads: ExpertLoads, step_s: float, samples: int
 ) -> dict[str, float]:
     """p50, p95 and p99 of the step over `samples` draws, seconds; `loads` is the draw that took `step_s`."""
     few = ExpertLoads(replace(loads.plan, microbatches=min(MICROBATCHES, loads.plan.microbatches), groups=1), 0)
-    base = _pipeline(job, setup, formula, _mean_excess(loads, setup.model_stages))
+    hidden = overlap_of(job, chip_kind).all_to_all
+    base = _pipeline(job, setup, formula, _mean_excess(loads, setup.model_stages), hidden)
     steps = [
-        step_s * _pipeline(job, setup, formula, _mean_excess(few.resample(seed), setup.model_stages)) / base
+        step_s * _pipeline(job, setup, formula, _mean_excess(few.resample(seed), setup.model_stages), hidden) / base
         for seed in range(1, samples + 1)
     ]
     return {name: float(np.quantile(steps, q)) for name, q in QUANTILES.items()}

@@ -87,7 +87,7 @@ def by_events(
     spread = risk = None
     dropless = job.training.capacity == "dropless"
     if loads is not None and dropless and job.training.routing.model in ("zipf", "dirichlet"):
-        spread = percentiles(job, setup, formula, loads, result.step_s, chosen.samples)
+        spread = percentiles(job, cluster.chip.kind, setup, formula, loads, result.step_s, chosen.samples)
         risk = out_of_memory(job, setup, workload, loads, memory, chosen.samples)
     result.events = Events(
         closed_form_step_time_s=float(formula.step_s),
