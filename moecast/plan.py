@@ -63,8 +63,11 @@ def plan(
         str | None, typer.Option(metavar="tcp://HOST:PORT", help="Search with the workers of this Dask scheduler.")
     ] = None,
     part_plans: Annotated[
-        int, typer.Option(min=1, max=1 << 26, help="Plans of a part: how often -o saves, what a worker takes.")
-    ] = 1 << 22,
+        int | None,
+        typer.Option(
+            min=1, max=1 << 26, help="Plans of a part: how often -o saves, what a worker takes (default 4,194,304)."
+        ),
+    ] = None,
     html: Html = None,
     set_: Changes = None,
     as_json: Json = False,
@@ -82,7 +85,7 @@ def plan(
         raise QuestionError("--workers, --scheduler: one of them; a scheduler has workers of its own")
     asked = _question(
         job, search, profile, set_, objective=objective, constraints=tuple(constraint or ()), top=top,
-        exhaustive=exhaustive, keep=keep, plans_per_part=part_plans,
+        exhaustive=exhaustive, keep=keep, **({} if part_plans is None else {"plans_per_part": part_plans}),
     )  # fmt: skip
     found = asked.search()
     with counting("searching plans", "plans") as tell:
