@@ -7,12 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coflows import coflow, part
+from coflows import GB, coflow, part
 from hw_profiles.errors import QuestionError
 from reference_flows import max_min
 from simulator.network.coflow import Part
-from simulator.network.fairness import fair_rates
+from simulator.network.fairness import Template, alike, fair_rates, pair_rates, solve
 from simulator.network.fluid import Fluid
+from simulator.network.geometry import Geometry
 
 
 def test_alone_the_busiest_link_sets_the_rate() -> None:
@@ -106,3 +107,30 @@ def test_order_of_parts_does_not_matter(case: tuple[list[Part], np.ndarray]) -> 
     parts, bandwidth = case
     order = np.random.default_rng(len(parts)).permutation(len(parts))
     assert fair_rates([parts[i] for i in order], bandwidth) == pytest.approx(fair_rates(parts, bandwidth)[order])
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_pairs_at_once_are_each_solved_by_itself(seed: int) -> None:
+    """Eight loads of two lists of links that overlap, some with ties: rates and the links that bind."""
+    rng = np.random.default_rng(seed)
+    bandwidth = rng.choice([1.0, 2.0, 3.0], 9) * GB
+    lists = [rng.permutation(9)[: rng.integers(2, 8)] for _ in range(2)]
+    lists[1] = np.union1d(lists[1], lists[0][:1])
+    geometry = Geometry(bandwidth)
+    columns = [
+        [
+            Part("x", links, rng.integers(1, 4, links.size) * 1e8, np.ones(links.size), 1e8 * x)
+            for x in rng.integers(1, 4, 8)
+        ]
+        for links in lists
+    ]
+    pairs = [alike(column, bandwidth, geometry) for column in columns]
+    assert pairs[0] is not None and pairs[1] is not None
+    found = pair_rates(pairs[0], pairs[1])
+    for i, two in enumerate(zip(*columns, strict=True)):
+        rates, _ = solve([Template(p, bandwidth) for p in two], bandwidth)
+        np.testing.assert_allclose([found[0][i], found[1][i]], rates, rtol=1e-12)
+        # Of links that are full at once either may be named: what is named is full, and the part sends over it.
+        for part_, link in zip(two, (found[2][i], found[3][i]), strict=True):
+            used = sum(r * p.bytes[p.links == link].sum() for p, r in zip(two, rates, strict=True))
+            assert link in part_.links and used == pytest.approx(bandwidth[link])

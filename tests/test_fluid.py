@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from coflows import GB, coflow, part, random_case, story
 from hw_profiles.errors import QuestionError
 from reference_flows import switch
-from simulator.network import fluid as fluid_module
+from simulator.network import known as known_module
 from simulator.network.flight import TICKS_PER_S, ticks
 from simulator.network.fluid import Fluid
 
@@ -168,7 +168,7 @@ def test_the_same_company_is_solved_once() -> None:
 
 
 def test_forgotten_templates_keep_their_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fluid_module, "KEPT_USES", 3)
+    monkeypatch.setattr(known_module, "KEPT_USES", 3)
     fluid, sent = Fluid(np.full(4, GB)), np.zeros(4)
     for k in range(40):
         loads = {k % 4: 1e6, (k + 1) % 4: 3e6}
@@ -178,4 +178,4 @@ def test_forgotten_templates_keep_their_bytes(monkeypatch: pytest.MonkeyPatch) -
             sent[link] += load
     fluid.finish()
     assert fluid.link_bytes() == pytest.approx(sent)
-    assert len(fluid._templates) < 20
+    assert len(fluid._known.templates) < 20

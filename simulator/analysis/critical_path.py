@@ -66,8 +66,8 @@ def _longest(timeline: Timeline) -> list[int]:
 
     start, end, before = timeline.start_s.tolist(), timeline.end_s.tolist(), timeline.predecessor.tolist()
     device, compute = timeline.device.tolist(), (timeline.stream == _COMPUTE).tolist()
-    graph: Any = networkx.DiGraph()
     rounding = _rounding(timeline)
+    edges: list[tuple[int, int, float]] = []
     last: dict[int, int] = {}
     source = -1
     for i in np.flatnonzero(_in_order(timeline)).tolist():
@@ -75,14 +75,16 @@ def _longest(timeline: Timeline) -> list[int]:
         # The row before of the same class, where it ended just then or nothing else is named.
         gap = start[i] - end[own] if own is not None else 0.0
         if own is not None and own != before[i] and gap >= -rounding and (before[i] < 0 or gap <= rounding):
-            graph.add_edge(own, i, weight=took)
+            edges.append((own, i, took))
         if before[i] >= 0:
-            graph.add_edge(before[i], i, weight=took + max(0.0, start[i] - end[before[i]]))
+            edges.append((before[i], i, took + max(0.0, start[i] - end[before[i]])))
         elif own is None or gap < -rounding:
             # The step's start lets a class's first row start; should that start late, no row says why.
-            graph.add_edge(source, i, weight=end[i])
+            edges.append((source, i, end[i]))
         if compute[i]:
             last[device[i]] = i
+    graph: Any = networkx.DiGraph()
+    graph.add_weighted_edges_from(edges)
     path: list[int] = networkx.dag_longest_path(graph, default_weight=0.0)
     return path[1:] if path[0] == source else path
 

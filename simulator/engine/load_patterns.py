@@ -22,6 +22,9 @@ from simulator.engine.loads import ExpertLoads
 
 # Classes of microbatches of a stage and group.
 CLASSES = 4
+# Microbatches of loads of their own that are made into coflows together, a direction of DualPipe each: one after the
+# other costs more, and all at once is more than can be remembered.
+TOGETHER = 64
 # A busiest rank this close to the mean is even: what normal draws leave of rounding.
 EVEN = 1e-9
 
@@ -70,11 +73,12 @@ def load_patterns(loads: ExpertLoads, classes: int | None = CLASSES) -> Patterns
         chosen_GC, class_GM = _classes(excess_GM, plan.microbatches if classes is None else classes)
         stands_GC = _vectors(loads, layers, chosen_GC)
         for g in range(plan.groups):
-            # Those that one rank asks for are a family: under DualPipe every other microbatch takes the other way.
-            families: list[list[LoadPattern]] = [[], []]
+            # Asked for at about the same time; under DualPipe every other microbatch goes the other way.
+            families: dict[tuple[int, int], list[LoadPattern]] = {}
             own: list[LoadPattern | None] = []
             for chosen, v in zip(chosen_GC[g].tolist(), stands_GC[g], strict=True):
-                family = families[chosen % 2 if classes is None else 0]
+                when = (0, 0) if classes is not None else (chosen % 2, chosen // 2 // TOGETHER)
+                family = families.setdefault(when, [])
                 own.append(LoadPattern(v, family) if v.max() > 1 + EVEN else None)
                 family += [p for p in own[-1:] if p is not None]
             found[g, stage] = [own[c] for c in class_GM[g].tolist()]

@@ -16,6 +16,7 @@ from hw_profiles.cluster import Cluster
 from hw_profiles.errors import QuestionError
 from simulator.engine.load_patterns import LoadPattern, no_pattern
 from simulator.engine.setup import Setup
+from simulator.engine.uneven import Uneven
 from simulator.engine.work import Transfer
 from simulator.network.coflow import Coflow, Part
 from simulator.network.collectives import Network
@@ -124,13 +125,11 @@ class Shared:
             self._place = np.full(topology.links, -1)
             self._place[self.kept] = np.arange(self.kept.size)
         self._units = dict(zip(asked, unit, strict=True))
-        self._ready: dict[tuple[Transfer, int, int, LoadPattern | None, bool], Coflow] = {}
-        self._uneven: dict[tuple[object, ...], tuple[Part, ...]] = {}
-        self._joint: dict[tuple[int, ...], tuple[list[NDArray[np.int64]], NDArray[np.int64], Array]] = {}
-        self._stays: dict[int, tuple[NDArray[np.int64], NDArray[np.bool_], NDArray[np.int64]]] = {}
+        self._even: dict[tuple[Transfer, int, int], tuple[Coflow, float]] = {}
         self._last: dict[tuple[int, int], simpy.Event] = {}
         self.fluid = Fluid(bandwidth, regions=joined_links(folded, bandwidth.size))
         self.process = FluidProcess(env, self.fluid)
+        self.uneven = Uneven(self.fluid, self._parts, self._place)
 
     def _all(self) -> Iterator[tuple[int, int, Transfer]]:
         """Every transfer that can happen: (stage, group or -1 for all, transfer)."""
@@ -212,83 +211,19 @@ class Shared:
         return self.process.transfer(coflow)
 
     def _coflow(self, t: Transfer, stage: int, group: int, pattern: LoadPattern | None, fine: bool) -> Coflow:
-        key = (t, stage, group, pattern, fine)
-        coflow = self._ready.get(key)
-        if coflow is None:
+        found = self._even.get((t, stage, group))
+        if found is None:
             unit = self._units[self._question(t, stage, group)]
             wait, factor = 0.0, 0.0
             if t.bytes > 0 and unit.parts:
                 wait, factor = self.templates.start(t.kind, t.size, t.stride, t.between, t.bytes / t.calls)
             parts = _scaled(unit.parts, t.bytes * factor) if factor else ()
             even = replace(unit, name=t.name, parts=parts, latency_s=wait * t.calls)
-            if pattern is None or not parts:
-                coflow = self._ready[key] = even
-                return coflow
-            alone = self._alone(even)
-            # All of a family at once, since they cost less together.
-            family = [pattern] if fine or pattern not in pattern.family else pattern.family
-            ways = [(w, b) for w, b in ((True, t.out_bytes), (False, t.bytes - t.out_bytes)) if b > 0]
-            made = []
-            for one in family:
-                phases = [_scaled(self._shape(t, stage, group, one, w, fine), b * factor) for w, b in ways]
-                own = replace(
-                    even,
-                    parts=tuple(p for x in phases for p in x),
-                    phases=tuple(len(x) for x in phases),
-                    meta=dict(even.meta),
-                )
-                own.meta["uneven"] = max(0.0, 1 - alone / self._alone(own))
-                self._ready[t, stage, group, one, fine] = own
-                made.append(own)
-            if not fine:
-                self.fluid.prepare(made)
-            coflow = self._ready[key]
-        return coflow
-
-    def _alone(self, coflow: Coflow) -> float:
-        """Seconds of a coflow alone; links that were joined once are remembered by the identity of their lists."""
-        seconds, first = coflow.latency_s, 0
-        for size in coflow.phase_sizes():
-            parts = coflow.parts[first : first + size]
-            first += size
-            key = tuple(id(p.links) for p in parts)
-            found = self._joint.get(key)
-            if found is None:
-                lists = [p.links for p in parts]
-                used, place = np.unique(np.concatenate(lists), return_inverse=True)
-                found = self._joint[key] = lists, place, self.fluid.bandwidth[used]
-            _, place, bandwidth = found
-            together = np.bincount(place, np.concatenate([p.bytes for p in parts]), minlength=bandwidth.size)
-            seconds += float((together / bandwidth).max(initial=0.0))
-        return seconds
-
-    def _shape(
-        self, t: Transfer, stage: int, group: int, pattern: LoadPattern, to_experts: bool, fine: bool
-    ) -> tuple[Part, ...]:
-        """Parts of one byte a rank, over the folded links; all-to-alls that differ in bytes alone share them."""
-        kind = (t.size, t.stride, t.between, stage, group, to_experts, fine)
-        parts = self._uneven.get((pattern, *kind))
-        if parts is None:
-            family = [pattern] if fine or pattern not in pattern.family else pattern.family
-            several = self._parts(t, stage, group, [p.ranks_R for p in family], to_experts, fine)
-            for one, made in zip(family, several, strict=True):
-                self._uneven[(one, *kind)] = made if self._place is None else self._folded(made)
-            parts = self._uneven[(pattern, *kind)]
-        return parts
-
-    def _folded(self, parts: tuple[Part, ...]) -> tuple[Part, ...]:
-        """Parts over the folded links; those over the same links find the same ones there."""
-        assert self._place is not None
-        out = []
-        for p in parts:
-            found = self._stays.get(id(p.links))
-            if found is None:
-                there = self._place[p.links]
-                # The list of links is kept, so that no other gets its identity.
-                found = self._stays[id(p.links)] = p.links, there >= 0, there[there >= 0]
-            _, stays, links = found
-            out.append(Part(p.level, links, p.bytes[stays], p.flows[stays], p.largest_flow_bytes))
-        return tuple(out)
+            found = self._even[t, stage, group] = even, factor
+        even, factor = found
+        if pattern is None or not even.parts:
+            return even
+        return self.uneven.coflow(t, stage, group, pattern, fine, even, factor)
 
     def uneven_share(self, event: simpy.Event) -> float:
         """The share of a finished transfer's time that an even one would not have taken, both alone."""

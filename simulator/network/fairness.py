@@ -11,7 +11,8 @@ small ones leave early, and bytes over the largest is what they occupy on averag
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from math import inf
 
 import numpy as np
@@ -23,6 +24,8 @@ from simulator.network.geometry import Geometry
 
 Array = NDArray[np.float64]
 Index = NDArray[np.int64]
+# A list of links, the places in its region, bandwidths, the places as bits, and the region.
+Listed = tuple[Index, Index, Array, int, int]
 
 # Shares closer than this are one share: sums of the same bytes in another order.
 TIE = 1e-12
@@ -80,10 +83,80 @@ class Template:
         self.solo, self.tightest = 1.0 / float(seconds[at]), int(links[at])
 
 
-def _listed(
-    links: Index, loads: Array, bandwidth: Array, geometry: Geometry | None, where: str
-) -> tuple[Index, Index, Array, int, int]:
-    """A list of links, checked: itself, the places in its region, bandwidths, the places as bits, and the region."""
+@dataclass(frozen=True, slots=True)
+class Alike:
+    """Parts (B) over one list of links (U), checked and timed at once: rates alone, and the place of the busiest."""
+
+    parts: list[Part]
+    listed: Listed
+    bytes_BU: Array
+    pace_B: Array
+    solo_B: Array
+    tightest_B: Index
+
+    def templates(self, serials: Iterator[int]) -> list[Template]:
+        """What `Template` makes of each."""
+        links, places, _, mask, region = self.listed
+        out = []
+        at = zip(self.parts, self.solo_B.tolist(), links[self.tightest_B].tolist(), strict=True)
+        for part, solo, tightest in at:
+            t = Template.__new__(Template)
+            t.part, t.serial, t.done, t.solo, t.tightest = part, next(serials), 0, solo, tightest
+            t.links, t.bytes, t.places, t.mask, t.region = links, part.bytes, places, mask, region
+            out.append(t)
+        return out
+
+
+def alike(parts: list[Part], bandwidth: Array, geometry: Geometry) -> Alike | None:
+    """These parts, whose `links` are one object; None where one is refused, or does not send over all of its links."""
+    links = parts[0].links
+    if not links.size or any(p.bytes.shape != links.shape for p in parts):
+        return None
+    bytes_BU, pace_B = np.array([p.bytes for p in parts]), np.array([p.largest_flow_bytes for p in parts])
+    if not (bytes_BU.min() > 0 and bytes_BU.max() < inf and pace_B.min() > 0 and pace_B.max() < inf):
+        return None
+    listed = geometry.lists.get(id(links))
+    if listed is None:
+        try:
+            listed = geometry.lists[id(links)] = _listed(links, bytes_BU[0], bandwidth, geometry, "")
+        except QuestionError:
+            return None
+    seconds_BU = bytes_BU / listed[2]
+    tightest_B = seconds_BU.argmax(axis=1)
+    return Alike(parts, listed, bytes_BU, pace_B, 1.0 / seconds_BU[np.arange(len(parts)), tightest_B], tightest_B)
+
+
+def pair_rates(a: Alike, b: Alike) -> tuple[Array, Array, Index, Index]:
+    """Rates (B each) of pairs of parts, each pair alone in the network, and the link that holds each back.
+
+    What `solve` says of two parts: both rise until one is as fast as alone, or a link that both use is full; who is
+    left then takes what remains.
+    """
+    _, at_a, at_b = np.intersect1d(a.listed[1], b.listed[1], return_indices=True)
+    capacity, rows = a.listed[2][at_a], np.arange(len(a.parts))
+    bytes_a, bytes_b = a.bytes_BU[:, at_a], b.bytes_BU[:, at_b]
+    share = capacity / (bytes_a / a.pace_B[:, None] + bytes_b / b.pace_B[:, None])
+    full = share.argmin(axis=1)
+    level = share[rows, full]
+    free = [x.solo_B * x.pace_B <= level * (1.0 + TIE) for x in (a, b)]
+    rates, bound_by = [], []
+    for x, y, own, other, mine, theirs, at in (
+        (a, b, bytes_a, bytes_b, *free, at_a),
+        (b, a, bytes_b, bytes_a, *reversed(free), at_b),
+    ):
+        room = np.maximum(capacity - y.solo_B[:, None] * other, 0.0) / own
+        last = room.argmin(axis=1)
+        left = np.maximum(room[rows, last], level / x.pace_B)
+        held = np.where(theirs, left, level / x.pace_B)
+        alone = mine | (held >= x.solo_B * (1.0 - TIE))
+        rates.append(np.where(alone, x.solo_B, held))
+        links = x.listed[0]
+        bound_by.append(np.where(alone, links[x.tightest_B], links[at[np.where(theirs, last, full)]]))
+    return rates[0], rates[1], bound_by[0], bound_by[1]
+
+
+def _listed(links: Index, loads: Array, bandwidth: Array, geometry: Geometry | None, where: str) -> Listed:
+    """A list of links, checked."""
     if links.min() < 0 or links.max() >= len(bandwidth):
         wrong = int(links.min()) if links.min() < 0 else int(links.max())
         raise QuestionError(f"{where}: link {wrong}: the topology has links 0 to {len(bandwidth) - 1}")
@@ -142,7 +215,11 @@ def solve(
     if problems is not None:
         # Links that nobody uses would be there once for each problem.
         apart_U = np.repeat(np.array([problems[c] for c in sending]), [templates[c].places.size for c in sending])
-        used, link_U = np.unique(apart_U * len(bandwidth) + link_U, return_inverse=True)
+        link_U += apart_U * len(bandwidth)
+        met = np.zeros((problems[-1] + 1) * len(bandwidth), dtype=np.bool_)
+        met[link_U] = True
+        used = np.flatnonzero(met)
+        link_U = (np.cumsum(met) - 1)[link_U]
         place = used % len(bandwidth)
         bandwidth, links = bandwidth[place], place if links is None else links[place]
     wanted_L = np.bincount(link_U, load_U * rates[part_U], minlength=len(bandwidth))

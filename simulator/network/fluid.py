@@ -22,15 +22,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hw_profiles.errors import QuestionError
-from simulator.network.coflow import Coflow, Part
-from simulator.network.fairness import Template, solve
+from simulator.network.coflow import Coflow
 from simulator.network.flight import TICK_S, Blocked, Flight, ticks
 from simulator.network.geometry import Geometry
+from simulator.network.known import Known
 from simulator.network.regions import Alone, Component, Region, Running
-
-# Beyond so many remembered rates, or uses of links by remembered templates (about 400 MB), memory is made anew.
-KEPT_RATES = 1 << 16
-KEPT_USES = 1 << 24
 
 
 class Fluid:
@@ -51,24 +47,21 @@ class Fluid:
         if self.bandwidth.ndim != 1 or not ((self.bandwidth >= 0) & (self.bandwidth < inf)).all():
             raise QuestionError("bandwidth: one finite number of bytes/s for each link, zero or more")
         self.now = 0
-        self.solves = 0
         self._remember = remember
-        self._serial = count()
         self._orders = count()
-        self._templates: dict[Part, Template] = {}
-        self._uses = 0
-        self._rates: dict[tuple[int, ...], tuple[list[float], list[int]]] = {}
-        self._forgotten = np.zeros(len(self.bandwidth))
         self._geometry = Geometry(self.bandwidth, regions)
+        self._known = Known(self.bandwidth, self._geometry, remember)
         self._regions = [Region() for _ in self._geometry.links]
-        # Each coflow's links; and its course alone.
-        self._spans: dict[Coflow, tuple[int, int]] = {}
-        self._courses: dict[Coflow, Alone] = {}
         # Ticks at which something happens: a flight gets ready, one that is alone ends, a component has its first end.
         self._agenda: list[tuple[int, int, Flight | Component]] = []
         self._entry = count()
         # Parts without a component: they came, or lost a neighbour, since rates were last solved.
         self._loose: list[Running] = []
+
+    @property
+    def solves(self) -> int:
+        """How often rates were solved."""
+        return self._known.solves
 
     @property
     def settled(self) -> bool:
@@ -84,16 +77,13 @@ class Fluid:
             raise QuestionError(f"{coflow.name}: start in tick {now}: it is tick {self.now} already")
         if not 0.0 <= coflow.latency_s < inf:
             raise QuestionError(f"{coflow.name}: latency_s = {coflow.latency_s}: finite, not negative")
-        for part in coflow.parts:
-            if part not in self._templates:
-                self._learn(coflow)
-                break
+        self._learn(coflow)
         flight = Flight(coflow, next(self._orders), now)
-        number, mask = self._span(coflow)
+        number, mask = self._known.span(coflow)
         if mask and self._remember:
             region = self._regions[number]
             if not _touched(region.others, mask) and not any(a.mask & mask for a in region.alone.values()):
-                course = self._courses.get(coflow) or self._course(coflow, number, mask)
+                course = self._known.course(coflow) or self._course(coflow)
                 region.alone[flight] = course
                 heappush(self._agenda, (flight.ready + course.last, next(self._entry), flight))
                 return flight
@@ -104,20 +94,10 @@ class Fluid:
         self._regions[number].others[flight] = mask
         heappush(self._agenda, (flight.ready, next(self._entry), flight))
 
-    def _span(self, coflow: Coflow) -> tuple[int, int]:
-        """The region of a coflow and all its links there, those of all phases."""
-        found = self._spans.get(coflow)
-        if found is None:
-            mask, numbers = 0, set()
-            for part in coflow.parts:
-                template = self._templates[part]
-                mask |= template.mask
-                if template.mask:
-                    numbers.add(template.region)
-            if len(numbers) > 1:
-                raise ValueError(f"{coflow.name}: in regions {sorted(numbers)}")
-            found = self._spans[coflow] = (numbers.pop() if numbers else 0, mask)
-        return found
+    def _learn(self, coflow: Coflow) -> None:
+        if self._known.full:
+            self._known.forget({p for r in self._regions for f in (*r.others, *r.alone) for p in f.coflow.parts})
+        self._known.learn(coflow)
 
     # Alone -----------------------------------------------------------------------------------------------------------
 
@@ -125,30 +105,30 @@ class Fluid:
         """Another fluid, with this flight alone in it, which starts in tick `now`."""
         other = Fluid.__new__(Fluid)
         other.__dict__.update(self.__dict__)
-        number, mask = self._span(flight.coflow)
-        other._remember, other.now, other.solves = True, now, 0
+        number, mask = self._known.span(flight.coflow)
+        other._remember, other.now = True, now
         other._agenda, other._loose, other._regions = [], [], list(self._regions)
         other._regions[number] = Region()
         other._wait(flight, number, mask)
         return other
 
-    def _course(self, coflow: Coflow, number: int, mask: int) -> Alone:
+    def _course(self, coflow: Coflow) -> Alone:
         flight = Flight(coflow, -1, 0)
         first = flight.ready
         other = self._aside(flight, 0)
         other.finish()
-        self.solves += other.solves
         for part in coflow.parts:
             # Nothing has moved yet.
-            if self._templates[part].mask:
-                self._templates[part].done -= 1
+            if self._known.templates[part].mask:
+                self._known.templates[part].done -= 1
         ends = [(end or 0) - first for end in flight.part_ended]
-        course = self._courses[coflow] = Alone(number, mask, ends, max(ends))
+        course = Alone(*self._known.span(coflow), ends, max(ends))
+        self._known.keep(coflow, course)
         return course
 
     def due(self, flight: Flight) -> int:
         """The first tick in which a flight that was just started needs looking at."""
-        course = self._regions[self._span(flight.coflow)[0]].alone.get(flight)
+        course = self._regions[self._known.span(flight.coflow)[0]].alone.get(flight)
         return flight.ready if course is None else flight.ready + course.last
 
     def _join(self, region: Region, flight: Flight, ended: list[Flight], begun: bool) -> None:
@@ -159,7 +139,6 @@ class Fluid:
             return
         other = self._aside(flight, flight.ready)
         ended += other.advance(self.now)
-        self.solves += other.solves
         mine = other._regions[course.region]
         if flight in mine.others:
             region.others[flight] = course.mask
@@ -198,7 +177,7 @@ class Fluid:
         """Whether an entry of the agenda still stands: components dissolve, and flights stop being alone."""
         if isinstance(item, Component):
             return item in self._regions[item.region].components
-        number, _ = self._span(item.coflow)
+        number, _ = self._known.span(item.coflow)
         region = self._regions[number]
         return item in region.alone or (item.phase < 0 and tick == item.ready and item in region.others)
 
@@ -249,7 +228,7 @@ class Fluid:
     def contends(self, coflow: Coflow) -> bool:
         """Whether `coflow`, started now, would share a link with bytes in flight; QuestionError as for `start`."""
         self._learn(coflow)
-        number, mask = self._span(coflow)
+        number, mask = self._known.span(coflow)
         region = self._regions[number]
         self._meet(number, mask, [], begun=False)
         return bool(mask & region.mask) or any(
@@ -258,37 +237,12 @@ class Fluid:
 
     def prepare(self, coflows: Sequence[Coflow]) -> None:
         """Solve the rates that each of these will have alone in its phases: many at once cost less than one by one."""
-        wanted: dict[int, list[list[Template]]] = {}
-        for coflow in coflows:
-            self._learn(coflow)
-            first = 0
-            for size in coflow.phase_sizes():
-                mine = [t for t in (self._templates[p] for p in coflow.parts[first : first + size]) if t.mask]
-                first += size
-                if len(mine) > 1 and len({t.region for t in mine}) == 1 and _is_joined([t.mask for t in mine]):
-                    wanted.setdefault(mine[0].region, []).append(sorted(mine, key=lambda t: t.serial))
-        for number, sets in wanted.items():
-            fresh = {tuple(t.serial for t in s): s for s in sets}
-            fresh = {key: s for key, s in fresh.items() if key not in self._rates}
-            if not fresh or not self._remember:
-                continue
-            problems = [i for i, s in enumerate(fresh.values()) for _ in s]
-            together = [t for s in fresh.values() for t in s]
-            rates, bound_by = solve(together, self._geometry.bandwidth[number], self._geometry.links[number], problems)
-            self.solves += 1
-            at = 0
-            for key in fresh:
-                end = at + len(key)
-                self._rates[key] = rates[at:end].tolist(), bound_by[at:end].tolist()
-                at = end
+        self._known.prepare(coflows)
 
     def link_bytes(self) -> NDArray[np.float64]:
         """Bytes that have crossed each link (L) up to now; over bandwidth x time, the link's utilisation."""
         self._meet_all()
-        out = self._forgotten.copy()
-        for template in self._templates.values():
-            if template.done:
-                out[template.links] += template.done * template.bytes
+        out = self._known.sent_bytes()
         for item in self._loose:
             out[item.template.links] += (1.0 - item.left) * item.template.bytes
         for component in (c for region in self._regions for c in region.components):
@@ -318,39 +272,14 @@ class Fluid:
                     out.append(Blocked(item.flight, item.part, level, speed, link, flights))
         return sorted(out, key=lambda b: (b.flight.order, b.part))
 
-    def _learn(self, coflow: Coflow) -> None:
-        if self._uses > KEPT_USES:
-            self._forget()
-        for part in coflow.parts:
-            if part not in self._templates:
-                try:
-                    template = Template(part, self.bandwidth, next(self._serial), self._geometry)
-                except QuestionError as error:
-                    raise QuestionError(f"{coflow.name}: {error}") from None
-                self._templates[part] = template
-                self._uses += template.links.size
-
-    def _forget(self) -> None:
-        """Drop the templates that are not in flight, and all rates; what they moved stays counted."""
-        kept = {p for r in self._regions for flight in (*r.others, *r.alone) for p in flight.coflow.parts}
-        for part, template in list(self._templates.items()):
-            if part not in kept:
-                self._forgotten[template.links] += template.done * template.bytes
-                del self._templates[part]
-        self._uses = sum(template.links.size for template in self._templates.values())
-        self._rates.clear()
-        self._spans.clear()
-        self._courses.clear()
-        self._geometry.lists.clear()
-
     def _begin(self, flight: Flight, ended: list[Flight]) -> None:
-        number, mask = self._span(flight.coflow)
+        number, mask = self._known.span(flight.coflow)
         region = self._regions[number]
         course = region.alone.pop(flight, None)
         if course is not None:
             # It was alone to its end.
             for part in flight.coflow.parts:
-                self._templates[part].done += 1
+                self._known.templates[part].done += 1
             flight.part_ended = [flight.ready + end for end in course.ends]
             flight.parts_left = flight.phase_left = 0
             flight.ended = self.now
@@ -372,7 +301,7 @@ class Fluid:
             self._enter(flight, part, ended)
 
     def _enter(self, flight: Flight, part: int, ended: list[Flight]) -> None:
-        template = self._templates[flight.coflow.parts[part]]
+        template = self._known.templates[flight.coflow.parts[part]]
         if template.mask:
             self._loose.append(Running(template, flight, part))
         else:
@@ -383,7 +312,7 @@ class Fluid:
         flight.parts_left -= 1
         flight.phase_left -= 1
         if not flight.parts_left:
-            del self._regions[self._span(flight.coflow)[0]].others[flight]
+            del self._regions[self._known.span(flight.coflow)[0]].others[flight]
             flight.ended = self.now
             ended.append(flight)
         elif not flight.phase_left:
@@ -452,7 +381,7 @@ class Fluid:
             component.rates, component.bound_by = [template.solo], [template.tightest]
         else:
             running.sort(key=lambda item: item.template.serial)
-            component.rates, component.bound_by = self._solve([item.template for item in running])
+            component.rates, component.bound_by = self._known.rates([item.template for item in running])
         component.running, component.since = running, self.now
         component.region, component.mask = number, mask
         now = self.now
@@ -462,30 +391,6 @@ class Fluid:
         region.components[component] = None
         region.mask |= mask
         heappush(self._agenda, (component.due, next(self._entry), component))
-
-    def _solve(self, templates: list[Template]) -> tuple[list[float], list[int]]:
-        key = tuple([template.serial for template in templates])
-        found = self._rates.get(key)
-        if found is None:
-            number = templates[0].region
-            rates, bound_by = solve(templates, self._geometry.bandwidth[number], self._geometry.links[number])
-            self.solves += 1
-            found = rates.tolist(), bound_by.tolist()
-            if self._remember:
-                if len(self._rates) >= KEPT_RATES:
-                    self._rates.clear()
-                self._rates[key] = found
-        return found
-
-
-def _is_joined(masks: list[int]) -> bool:
-    """Whether all share links, directly or through others."""
-    joined, left = masks[0], masks[1:]
-    while near := [m for m in left if m & joined]:
-        left = [m for m in left if not m & joined]
-        for m in near:
-            joined |= m
-    return not left
 
 
 def _touched(flights: dict[Flight, int], mask: int) -> bool:

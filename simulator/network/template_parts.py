@@ -121,7 +121,7 @@ class PartMaker:
                 links = known.get(id(part.links))
                 if links is None:
                     links = known[id(part.links)] = place.link_ids[part.links]
-                out.append(replace(part, links=links))
+                out.append(Part(part.level, links, part.bytes, part.flows, part.largest_flow_bytes))
         return [tuple(parts) for parts in several]
 
     def around(self, layout: SwitchedLayout, members: Index) -> Near | None:
