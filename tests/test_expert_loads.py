@@ -103,7 +103,6 @@ def test_nothing_is_lost_and_no_expert_gets_a_token_twice(
 
 # The closed form's expectations
 
-
 PLACEMENTS: tuple[dict[str, Any], ...] = (
     {},
     {"placement": "dealt"},

@@ -107,7 +107,6 @@ def test_what_runs_is_what_the_model_needs_and_more(data: Data) -> None:
 
 # More of something
 
-
 RATES = (
     "memory_bandwidth_gb_per_s", "scale_up.link_gb_per_s", "scale_up.total_gb_per_s", "scale_out.nic_gb_per_s",
     "host_link_gb_per_s", "peak_tflops.fp32", "peak_tflops.fp16", "peak_tflops.bf16", "peak_tflops.fp8",
