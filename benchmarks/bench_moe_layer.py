@@ -107,11 +107,13 @@ class Layers:
         t = self.trainer
         s, stack = t.setting(), t.job.model.decoder
         how = t.job.training.learning.router
+        ffn, moe = stack.ffn, stack.moe
+        assert ffn is not None and moe is not None
 
         def layer(x: Any, p: Any) -> Any:
             if name == "ffn":
-                return ffn_layer(s, x, p, stack.ffn, None), {}, {}
-            return moe_layer(s, stack.moe, x, p, None)
+                return ffn_layer(s, x, p, ffn, None), {}, {}
+            return moe_layer(s, moe, x, p, None)
 
         def loss(p: Any, x: Any, weight: Any) -> Any:
             y, sums, seen = checkpointed(s, layer, scanned=True)(x, p)

@@ -27,7 +27,7 @@ from simulator.planner.array_form import ArrayForm
 from simulator.planner.flags import BLOCK, CORE, FLAGS
 from simulator.planner.search import Search
 from simulator.planner.space import read_space, space_of
-from simulator.planner.table import FIELDS, row, with_plan
+from simulator.planner.table import FIELDS, value, with_plan
 
 ROOT = Path(__file__).parents[1]
 SPACE = ROOT / "benchmarks/gpt3-space.yaml"
@@ -63,7 +63,7 @@ def columns_against_scalar() -> None:
     chosen = [samples[i] for i in rng.choice(len(samples), min(SAMPLE, len(samples)), replace=False)]
     begin, begin_cpu = time.perf_counter(), time.process_time()
     for values, step, memory in chosen:
-        answer = forecast_on(with_plan(job, row({f: [values[f]] for f in FIELDS}, 0)), cluster, "benchmark")
+        answer = forecast_on(with_plan(job, {f: value(f, values[f]) for f in FIELDS}), cluster, "benchmark")
         worst = max(worst, abs(step / answer.step_time_s - 1), abs(memory / answer.memory.peak_bytes - 1))
     scalar_s, scalar_cpu_s = time.perf_counter() - begin, time.process_time() - begin_cpu
     fast, slow = plans / array_s, len(chosen) / scalar_s

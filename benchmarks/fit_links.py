@@ -13,112 +13,18 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import least_squares
 
+from benchmarks.fit_efficiencies import LARGE_BYTES, SMALL_BYTES, collective_terms
 from benchmarks.fit_tables import Row, number, quantiles, read_rows, sources
 from hw_profiles import Chip, QuestionError, load_chip
 from simulator.calibration.collective_rows import CollectiveCase, collective_case
 
 Array = NDArray[np.float64]
-
-# From 64 MiB the rate is close to its limit; at 16 MiB rings take 1.2 to 1.5 times what latency and limit explain.
-LARGE_BYTES = 64 * 2**20
-SMALL_BYTES = 2**10
-
-
-def collective_terms(r: Row) -> tuple[float, float, float]:
-    """Ring or exchange steps, bytes on a device's wire, and measured seconds of a row."""
-    n, size = number(r, "n_devices"), number(r, "message_bytes_per_rank")
-    passes = 2.0 if r["collective"] == "all_reduce" else 1.0
-    wire = passes * size * (n - 1) / n
-    steps = 1.0 if r["collective"] == "all_to_all" else passes * (n - 1)
-    seconds = number(r, "time_us") * 1e-6 if r["time_us"] else wire / (number(r, "busbw_GBps") * 1e9)
-    return steps, wire, seconds
-
-
-def is_ring(r: Row) -> bool:
-    """Whether NCCL ran a ring: not an all-reduce inside the switch (NVLS, on Hopper and later)."""
-    if r["collective"] in ("all_gather", "reduce_scatter"):
-        return True
-    no_switch = r["dtype"] == "int8" or "Ring" in r["library"] or r["chip"].startswith(("A100", "V100"))
-    return r["collective"] == "all_reduce" and no_switch
-
-
-def in_switch(r: Row) -> bool:
-    """Whether NCCL surely added inside the switch."""
-    return r["collective"] == "all_reduce" and "NVLS" in r["library"] and "disabled" not in r["library"]
-
-
-def usable(r: Row, chip: Chip) -> bool:
-    """Whether the row is a clean sweep on this chip inside one node with four devices or more.
-
-    Groups of two reach less (one peer, fewer channels) and are left out.
-    """
-    return (
-        r["profile"] == chip.name
-        and r["fit"] == "yes"
-        and r["n_nodes"] in ("1", "1.0")
-        and bool(r["message_bytes_per_rank"])
-        and bool(r["time_us"] or r["busbw_GBps"])
-        and number(r, "n_devices") >= 4
-        and number(r, "message_bytes_per_rank") >= SMALL_BYTES
-    )
-
-
-def switch_rows(chip: Chip, rows: Sequence[Row]) -> list[Row]:
-    """Large all-reduces that surely ran in the switch."""
-    mine = [r for r in rows if usable(r, chip)]
-    return [r for r in mine if in_switch(r) and number(r, "message_bytes_per_rank") >= LARGE_BYTES]
-
-
-def link_fits(chip: Chip, rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
-    """Latency of a ring step (relative least squares, all sizes); with it, efficiencies (medians, large messages)."""
-    speed = chip.scale_up_bytes_per_s
-    mine = [r for r in rows if usable(r, chip)]
-    out: dict[str, dict[str, Any]] = {}
-    ring = [r for r in mine if is_ring(r)]
-    if len(ring) < 8:
-        return out
-    steps, wire, seconds = (np.array(x) for x in zip(*map(collective_terms, ring), strict=True))
-    columns = np.stack([steps / seconds, wire / speed / seconds], axis=1)
-    latency_s = max(0.0, float(np.linalg.lstsq(columns, np.ones(len(ring)), rcond=None)[0][0]))
-    groups = sorted({int(number(r, "n_devices")) for r in ring})
-    out["nvlink_latency_us"] = {
-        "value": round(latency_s * 1e6, 2),
-        "source": sources(ring),
-        "rows": len(ring),
-        "note": f"one ring step, all sizes, groups of {', '.join(map(str, groups))}",
-    }
-    exchange = [r for r in mine if r["collective"] == "all_to_all"]
-    for name, some in (("nvlink_ring_efficiency", ring), ("nvlink_all_to_all_efficiency", exchange)):
-        large = [r for r in some if number(r, "message_bytes_per_rank") >= LARGE_BYTES]
-        if len(large) >= 4:
-            terms = [collective_terms(r) for r in large]
-            share = float(np.median([w / speed / max(t - s * latency_s, 1e-9) for s, w, t in terms]))
-            ratios = [t / (s * latency_s + w / (speed * share)) for s, w, t in terms]
-            spread = quantiles(ratios)
-            out[name] = {
-                "value": round(share, 3),
-                "source": sources(large),
-                "rows": len(large),
-                "residuals": spread,
-                "note": f"rows from 64 MiB; measured/modelled p10 {spread['p10']:g}, p90 {spread['p90']:g}",
-            }
-    switch = switch_rows(chip, rows)
-    if switch:
-        # The port carries the buffer once up and once down.
-        shares = [number(r, "message_bytes_per_rank") / speed / collective_terms(r)[2] for r in switch]
-        out["nvlink_in_switch_efficiency"] = {
-            "value": round(float(np.median(shares)), 3),
-            "source": sources(switch),
-            "rows": len(switch),
-        }
-    return out
-
+PROTOCOLS = ("ring", "all_reduce", "in_switch", "all_to_all")
 
 # Chips whose own rows have two and four GPUs only learn the growth with the group from their neighbours of eight.
 POOL = {"gb200": ("gb200", "b200"), "gb300": ("gb300", "b300")}
@@ -148,6 +54,25 @@ def family(r: Row, chip: Chip) -> str:
     if chip.scale_up.in_switch_efficiency and number(r, "n_devices") >= NVLS_FROM and not told_ring:
         return "in_switch"
     return "" if "NVLS" in r["library"] and not told_ring else "all_reduce"
+
+
+def protocol_rows(chip: Chip, rows: Sequence[Row], name: str) -> list[Row]:
+    """The rows that the protocols of `name` are fitted on: one-node sweeps of every second size."""
+    pool = POOL.get(chip.name, (chip.name,))
+    names = IN_SWITCH_FROM.get(chip.name, pool) if name == "in_switch" else pool
+    return [
+        r
+        for r in rows
+        if r["profile"] in names
+        and r["fit"] == "yes"
+        and r["n_nodes"] in ("1", "1.0")
+        and r["message_bytes_per_rank"]
+        and (r["time_us"] or r["busbw_GBps"])
+        and r["source_key"] not in HOST_TIMED
+        and family(r, chip) == name
+        and number(r, "message_bytes_per_rank") >= SMALL_BYTES / 2
+        and is_fit_size(number(r, "message_bytes_per_rank"))
+    ]
 
 
 class ProtocolFit:
@@ -222,28 +147,6 @@ class ProtocolFit:
             f"      rows: {len(self.rows)}",
             f'      note: "{", ".join(chips)}; groups of {groups}"',
         ]
-
-
-PROTOCOLS = ("ring", "all_reduce", "in_switch", "all_to_all")
-
-
-def protocol_rows(chip: Chip, rows: Sequence[Row], name: str) -> list[Row]:
-    """The rows that the protocols of `name` are fitted on: one-node sweeps of every second size."""
-    pool = POOL.get(chip.name, (chip.name,))
-    names = IN_SWITCH_FROM.get(chip.name, pool) if name == "in_switch" else pool
-    return [
-        r
-        for r in rows
-        if r["profile"] in names
-        and r["fit"] == "yes"
-        and r["n_nodes"] in ("1", "1.0")
-        and r["message_bytes_per_rank"]
-        and (r["time_us"] or r["busbw_GBps"])
-        and r["source_key"] not in HOST_TIMED
-        and family(r, chip) == name
-        and number(r, "message_bytes_per_rank") >= SMALL_BYTES / 2
-        and is_fit_size(number(r, "message_bytes_per_rank"))
-    ]
 
 
 def protocol_fits(chip: Chip, rows: Sequence[Row]) -> dict[str, ProtocolFit]:

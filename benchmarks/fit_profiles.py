@@ -2,9 +2,9 @@
 
 DIRECTORY holds `kernels.csv` and `collectives.csv`. Fitted are, per chip: the share of the data-sheet memory bandwidth
 that streams reach; the fixed time of a kernel; per number format, the fraction of the peak over FLOPs (schema.Curve);
-the slow-down of grouped products; latency and efficiencies of the scale-up network (fit_links.py). The models are those
-of `simulator/kernels`, written once more here so that this command imports the ground floor only. Every fit prints its
-rows and the quantiles p10, p50, p90 of measured/modelled time.
+the slow-down of grouped products; latency and efficiencies of the scale-up network (fit_efficiencies.py). The models
+are those of `simulator/kernels`, written once more here so that this command imports the ground floor only. Every fit
+prints its rows and the quantiles p10, p50, p90 of measured/modelled time.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import isotonic_regression, nnls
 
-from benchmarks.fit_links import link_fits
+from benchmarks.fit_efficiencies import link_fits
 from benchmarks.fit_tables import CHIPS, Row, number, quantiles, read_rows, sources
 from hw_profiles import Chip, QuestionError, load_chip
 

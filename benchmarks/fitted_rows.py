@@ -20,14 +20,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from benchmarks.fit_links import (
-    CHIPS_FITTED,
-    PROTOCOLS,
-    between_rows,
-    protocol_rows,
-    switch_rows,
-    transport_rows,
-)
+from benchmarks.fit_efficiencies import switch_rows
+from benchmarks.fit_links import CHIPS_FITTED, PROTOCOLS, between_rows, protocol_rows, transport_rows
 from benchmarks.fit_profiles import ChipFit
 from benchmarks.fit_tables import CHIPS, Row, read_rows
 from benchmarks.score_steps import chosen_rows

@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
+from refusals import JARGON, JOB, Refused
+
 # JAX's programs in tests run once: most of their time is the compiler's.
 os.environ.setdefault(
     "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
@@ -45,6 +47,28 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
         return (code, *capsys.readouterr())
 
     return run
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, with a good job in it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "job.yaml").write_text(JOB, encoding="utf-8")
+    return tmp_path
+
+
+@pytest.fixture
+def refused(folder: Path, call: Call) -> Refused:
+    """Runs the command in `folder`, and checks that it says one line with `expected` in it, and nothing else."""
+
+    def check(expected: str, *arguments: str, code: int = 2) -> None:
+        left, out, said = call(*arguments)
+        assert expected in said
+        assert (left, out) == (code, "")
+        assert said.startswith("moecast: ") and said.endswith("\n") and said.count("\n") == 1
+        assert said[:-1].isprintable() and len(said) <= 620 and not JARGON.search(said)
+
+    return check
 
 
 @pytest.fixture(scope="session")

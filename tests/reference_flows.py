@@ -109,7 +109,7 @@ def chance(n: int, tokens: int, exponent: float, seed: int) -> NDArray[np.float6
     """Pair bytes (N, N) of `tokens` of 14 KiB an endpoint, each drawn to a destination: no two pairs are alike."""
     rng = np.random.default_rng(seed)
     load = rng.permutation(np.arange(1, n + 1.0) ** -exponent)
-    pairs = 14336.0 * rng.multinomial(tokens, load / load.sum(), size=n)
+    pairs = np.asarray(14336.0 * rng.multinomial(tokens, load / load.sum(), size=n), np.float64)
     np.fill_diagonal(pairs, 0)
     return pairs
 
@@ -162,8 +162,8 @@ def _part(net: Net, level: str, pairs: NDArray[np.float64], members: list[tuple[
     return Part(
         level,
         links,
-        np.bincount(where, weight * size),
-        np.bincount(where, weight),
+        np.bincount(where, weight * size).astype(np.float64),
+        np.bincount(where, weight).astype(np.float64),
         max(float(pairs[s, d]) for s, d in members),
     )
 
@@ -197,13 +197,15 @@ def max_min(
 def simulate(net: Net, collectives: list[Collective]) -> list[float]:
     """When each collective's last flow finishes, in seconds from 0."""
     routes: dict[tuple[int, int], Route] = {}
-    owner, left, uses = [], [], []
+    owner: list[tuple[int, int]] = []
+    left: list[float] = []
+    uses: list[tuple[int, int, float]] = []
     for c, collective in enumerate(collectives):
-        for stage, pairs in enumerate(collective.stages):
+        for number, pairs in enumerate(collective.stages):
             for s, d in np.argwhere(pairs > 0).tolist():
                 route = routes.setdefault((s, d), net.route(s, d))
                 uses += [(len(owner), link, weight) for link, weight in route]
-                owner.append((c, stage))
+                owner.append((c, number))
                 left.append(pairs[s, d])
     flow_U = np.array([u[0] for u in uses])
     link_U = np.array([u[1] for u in uses])
@@ -280,7 +282,7 @@ def even_scenarios(n: int) -> dict[str, list[Collective]]:
 
 def skewed_scenarios(n: int) -> dict[str, list[Collective]]:
     """Collectives of which one at least has hot destinations or sources (Zipf's law, exponent in the name)."""
-    out = {}
+    out: dict[str, list[Collective]] = {}
     for z in (0.3, 0.6, 1.0):
         out |= {
             f"Zipf {z} alone": [dispatch(n, 64, z, 1)],
@@ -305,7 +307,7 @@ def unrelated_scenarios(n: int) -> dict[str, list[Collective]]:
 
 def chance_scenarios(n: int) -> dict[str, list[Collective]]:
     """Tokens drawn at random, with and without skew, 64 for an average pair."""
-    out = {}
+    out: dict[str, list[Collective]] = {}
     for z in (0.0, 0.6):
         first = Collective("dispatch", [chance(n, 64 * n, z, 1)], 0.0, "destination")
         out |= {

@@ -14,6 +14,9 @@ from typing import Any
 
 import yaml
 
+from simulator.job.job import Job
+from simulator.job.load import job_from_mapping
+
 TINY: dict[str, Any] = {
     "name": "tiny",
     "model": {
@@ -39,6 +42,11 @@ LIMIT_S = 240
 # begun to use JAX before.
 UNOPTIMISED = "--xla_backend_optimization_level=0"
 os.environ.setdefault("XLA_FLAGS", UNOPTIMISED)
+
+
+def tiny(*changes: str) -> Job:
+    """The tiny job on the default corpus, with `changes` like those of --set."""
+    return job_from_mapping(TINY, overrides=changes)
 
 
 def write_tiny(folder: Path) -> Path:

@@ -1,9 +1,8 @@
-"""A run from its first batch to its folder: losses, evaluation, records, resuming, fine-tuning, refusals."""
+"""A run from its first batch to its folder: losses, evaluation, routing, checkpoints, resuming, fine-tuning."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import shutil
 from collections.abc import Callable
@@ -11,43 +10,29 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from hw_profiles.errors import QuestionError, WorkFailed
 from hw_profiles.loader import resolve_cluster
-from runs import TINY, train, write_tiny
+from runs import tiny, train, write_tiny
 from simulator.analysis.forecast import forecast
-from simulator.engine.loads import moe_layers
 from simulator.job.job import Job
-from simulator.job.load import job_from_mapping, load_job, merge
+from simulator.job.load import job_from_mapping, merge
 from simulator.job.rules import resolve
 from trainer.checkpoint import MANIFEST, Damaged, newest_good, restore_parameters, verified
-from trainer.folder import check_folder, claimed, first_difference
-from trainer.metrics import MetricsFile, read_lines
-from trainer.processes import Watch, parse_address
-from trainer.report import Progress, Result
+from trainer.folder import check_folder, first_difference
+from trainer.metrics import read_lines
+from trainer.processes import Watch
+from trainer.report import Result
 from trainer.run import run
 from trainer.step import Trainer
-from trainer.telemetry import LayerSeen, Telemetry, imbalance, layer_numbers
 
 STEPS = 60
 SETTINGS = [
     f"training.run.steps={STEPS}", "training.run.evaluate_every=30", "training.run.evaluation_batches=2",
     "training.run.checkpoint_every=25", "training.run.keep_checkpoints=2",
 ]  # fmt: skip
-Call = Callable[..., tuple[int, str, str]]
-
-
-class Heard(Progress):
-    """Remembers what a run says."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def say(self, text: str) -> None:
-        self.lines.append(text)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,10 +46,6 @@ class Finished:
 
     def lines(self) -> list[dict[str, Any]]:
         return [record for _, record in read_lines(self.out / "metrics.jsonl")]
-
-
-def tiny(*changes: str) -> Job:
-    return job_from_mapping(TINY, overrides=changes)
 
 
 def devices() -> list[Any]:
@@ -106,9 +87,6 @@ def test_a_line_of_metrics_tells_losses_rate_drops_and_speed(finished: Finished)
     assert len(events) == 1 and events[0].stat().st_size > 1000
 
 
-# Routing
-
-
 def test_a_forecast_replays_what_the_run_recorded(finished: Finished) -> None:
     table = pq.read_table(finished.out / "routing.parquet").to_pandas()
     assert list(table.columns) == ["step", "layer", "expert", "tokens"] and len(table) == STEPS * 2 * 4
@@ -134,76 +112,6 @@ def test_a_row_per_step_and_layer_agrees_with_the_metrics(finished: Finished) ->
     # A router starts almost undecided.
     assert table.entropy_nats[0] == pytest.approx(math.log(4), abs=0.05) and table.entropy_nats.max() <= math.log(4)
     assert (table.logit_rms <= table.logit_largest).all() and (table.logit_rms > 0).all()
-
-
-@pytest.mark.parametrize(
-    ("preset", "length", "plan"),
-    [
-        ("switch-base-128", {"encoder": 64, "decoder": 64}, {}),
-        ("st-moe-l", {"encoder": 64, "decoder": 64}, {}),
-        ("deepseek-v3", 64, {}),
-        ("moe-32", 64, {}),
-        ("mixtral-8x7b", 64, {"pipeline": 2, "data": 1}),
-    ],
-)
-def test_layers_have_the_numbers_that_the_simulator_gives_them(preset: str, length: Any, plan: dict[str, int]) -> None:
-    data = {"model": preset, "cluster": {"chip": "cpu-host", "devices": 2}, "batch": {"sequences": 8, "length": length}}
-    job = job_from_mapping(data | {"plan": plan})
-    degrees = resolve(job, resolve_cluster(job.cluster))
-    numbers = layer_numbers(job, degrees)
-    found = sorted(int(n) for reports in numbers.values() for report in reports for n in report)
-    layers = len(job.model.encoder_layers) + len(job.model.decoder_layers)
-    # MTP modules come after the last layer, and the trainer has none.
-    assert found == sorted(x.number for x in moe_layers(job, degrees) if x.number < layers)
-
-
-def seen(step: int) -> LayerSeen:
-    counts = np.array([3, 1])
-    return LayerSeen(step, 0, counts, counts, 0.5, 1.0, 2.0, imbalance(counts, 2), imbalance(counts, 1))
-
-
-def test_telemetry_of_a_resumed_run_has_every_step_once(tmp_path: Path) -> None:
-    def steps() -> list[int]:
-        return [int(s) for s in pq.read_table(tmp_path / "routing.parquet")["step"].to_pylist()[::2]]
-
-    first = Telemetry(tmp_path, 0)
-    for step in range(1, 8):
-        first.add([seen(step)])
-        if step % 3 == 0:
-            first.publish()
-    first.flush()
-    assert steps() == [1, 2, 3, 4, 5, 6]
-    # Killed after step 7, resumed after step 4; a part that was damaged is dropped.
-    (tmp_path / "telemetry" / "routing-00000007.parquet").write_bytes(b"PAR1")
-    second = Telemetry(tmp_path, 4)
-    second.add([seen(5)])
-    second.publish()
-    assert steps() == [1, 2, 3, 4, 5]
-    assert pq.read_table(tmp_path / "router.parquet")["step"].to_pylist() == [1, 2, 3, 4, 5]
-    assert imbalance(np.array([3, 1]), 2) == 1.5 and imbalance(np.array([0, 0]), 2) == 1
-
-
-def test_telemetry_files_hold_the_newest_steps_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainer.telemetry.MOST_ROWS", 6)
-    telemetry = Telemetry(tmp_path, 0)
-    for step in range(1, 10):
-        telemetry.add([seen(step)])
-        telemetry.flush()
-    telemetry.publish()
-    assert set(pq.read_table(tmp_path / "routing.parquet")["step"].to_pylist()) == {7, 8, 9}
-    assert isinstance(pq.read_schema(tmp_path / "routing.parquet"), pa.Schema)
-
-
-def test_a_metrics_file_that_was_cut_goes_on_after_the_step(tmp_path: Path) -> None:
-    lines = [json.dumps({"step": n, "nats": 1.0}) + "\n" for n in (1, 2, 3)]
-    (tmp_path / "metrics.jsonl").write_text("".join(lines) + '{"step": 4, "na')
-    file = MetricsFile(tmp_path, 2, tensorboard=False)
-    file.write({"step": 3, "nats": 2.0}, board=False)
-    file.close()
-    assert [r["nats"] for _, r in read_lines(tmp_path / "metrics.jsonl")] == [1.0, 1.0, 2.0]
-    (tmp_path / "metrics.jsonl").write_text("no\n")
-    with pytest.raises(QuestionError, match=r"metrics\.jsonl, line 1: not a line of a run's metrics"):
-        read_lines(tmp_path / "metrics.jsonl")
 
 
 # Checkpoints
@@ -273,6 +181,39 @@ def test_an_unfinished_checkpoint_is_no_checkpoint(finished: Finished, tmp_path:
     assert newest_good(folder, said.append) is None
 
 
+def test_a_run_goes_on_with_two_devices(tmp_path: Path) -> None:
+    job = write_tiny(tmp_path)
+    cache = tmp_path / "compiled"
+    out = tmp_path / "run"
+    one = ("--out", out, "--set", "training.learning.data.files=[text.txt]")
+    code, _, error = train(job, *one, "--steps", 6, cache=cache)
+    assert code == 0, error
+    shutil.copytree(out, tmp_path / "other")
+    assert train(job, *one, "--steps", 9, "--resume", cache=cache)[0] == 0
+    other = ("--out", tmp_path / "other", "--devices", 2, "--set", "plan.expert=2", "--set", "plan.shard=parameters")
+    code, printed, error = train(job, *other, "--steps", 9, "--resume", cache=cache)
+    assert code == 0, error
+    assert "resumed after 6" in printed and "2 cpu devices" in printed
+    assert all(len(line) <= 80 for line in printed.splitlines())
+    expected, found = ([r["nats"] for _, r in read_lines(x / "metrics.jsonl")] for x in (out, tmp_path / "other"))
+    assert len(found) == 9 and found == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_folder_of_another_job_is_refused_by_the_first_field_that_differs(finished: Finished) -> None:
+    other = tiny(*SETTINGS, "training.learning.learning_rate.peak=0.02")
+    with pytest.raises(QuestionError, match=r"training\.learning\.learning_rate\.peak = 0\.01 there, 0\.02 in the job"):
+        check_folder(finished.out, other, resume=True)
+    with pytest.raises(QuestionError, match="--resume goes on with it"):
+        check_folder(finished.out, finished.job, resume=False)
+    # Another plan, software, length of the run: the same run.
+    same = tiny("training.run.steps=3", "plan.expert=1", "software.stack=moecast", "name=other")
+    assert check_folder(finished.out, same, resume=True)
+    assert first_difference({"a": [1], "b": 2}, {"a": [1], "b": 2}) is None
+
+
+# Fine-tuning
+
+
 def test_fine_tuning_begins_with_the_parameters_and_keeps_what_is_frozen(finished: Finished) -> None:
     start = "training.learning.start={checkpoint: runs/tiny, freeze: [others]}"
     job = tiny("training.run.steps=3", "training.learning.seed=1", start)
@@ -307,112 +248,3 @@ def test_weights_that_do_not_serve_are_refused_by_name(change: str, rule: str, f
             run(tiny(start, change), finished.folder, out, devices=devices(), steps=1)
     finally:
         shutil.rmtree(out, ignore_errors=True)
-
-
-def test_the_example_in_the_help_trains(tmp_path: Path, call: Call) -> None:
-    code, out, _ = call("--help")
-    assert code == 0 and "Example: moecast train examples/tiny-moe.yaml --steps 100" in " ".join(out.split())
-    example = Path(__file__).parents[1] / "examples/tiny-moe.yaml"
-    code, printed, error = train(example, "--steps", 2, "--out", tmp_path / "run", "--json", cache=tmp_path)
-    assert code == 0, error
-    result = json.loads(printed)
-    assert result["devices"] == 4 and result["steps"] == 2 and result["held_out_nats"] > result["bigram_nats"]
-    assert "unigram" in error.splitlines()[0] and error.splitlines()[-1].startswith("step 2/2  loss ")
-
-
-def test_a_run_goes_on_with_two_devices(finished: Finished, tmp_path: Path) -> None:
-    job = write_tiny(tmp_path)
-    cache = tmp_path / "compiled"
-    out = tmp_path / "run"
-    one = ("--out", out, "--set", "training.learning.data.files=[text.txt]")
-    code, _, error = train(job, *one, "--steps", 6, cache=cache)
-    assert code == 0, error
-    shutil.copytree(out, tmp_path / "other")
-    assert train(job, *one, "--steps", 9, "--resume", cache=cache)[0] == 0
-    other = ("--out", tmp_path / "other", "--devices", 2, "--set", "plan.expert=2", "--set", "plan.shard=parameters")
-    code, printed, error = train(job, *other, "--steps", 9, "--resume", cache=cache)
-    assert code == 0, error
-    assert "resumed after 6" in printed and "2 cpu devices" in printed
-    assert all(len(line) <= 80 for line in printed.splitlines())
-    expected, found = ([r["nats"] for _, r in read_lines(x / "metrics.jsonl")] for x in (out, tmp_path / "other"))
-    assert len(found) == 9 and found == pytest.approx(expected, rel=1e-4)
-
-
-# What is refused
-
-
-def test_a_folder_of_another_job_is_refused_by_the_first_field_that_differs(finished: Finished) -> None:
-    other = tiny(*SETTINGS, "training.learning.learning_rate.peak=0.02")
-    with pytest.raises(QuestionError, match=r"training\.learning\.learning_rate\.peak = 0\.01 there, 0\.02 in the job"):
-        check_folder(finished.out, other, resume=True)
-    with pytest.raises(QuestionError, match="--resume goes on with it"):
-        check_folder(finished.out, finished.job, resume=False)
-    # Another plan, software, length of the run: the same run.
-    same = tiny("training.run.steps=3", "plan.expert=1", "software.stack=moecast", "name=other")
-    assert check_folder(finished.out, same, resume=True)
-    assert first_difference({"a": [1], "b": 2}, {"a": [1], "b": 2}) is None
-
-
-def test_a_folder_is_one_runs_alone(tmp_path: Path) -> None:
-    job = tiny()
-    with claimed(tmp_path / "run", job, resume=False) as existing:
-        assert not existing
-        with (
-            pytest.raises(QuestionError, match="another run is writing there now"),
-            claimed(tmp_path / "run", job, resume=True),
-        ):
-            raise AssertionError
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "letter").write_text("dear")
-    for name, rule in (("full", "is not empty and holds no run"), ("full/letter", "is there and is not a folder")):
-        with pytest.raises(QuestionError, match=rule):
-            check_folder(tmp_path / name, job, resume=True)
-    (tmp_path / "full" / "run.json").write_text("[]")
-    with pytest.raises(QuestionError, match=r"run\.json cannot be read"):
-        check_folder(tmp_path / "full", job, resume=True)
-
-
-@pytest.mark.parametrize("text", ["here", "here:", "here:0", "here:65536", "a b:80", ":x"])
-def test_an_address_is_a_host_and_a_port(text: str) -> None:
-    with pytest.raises(QuestionError, match="write it as HOST:PORT"):
-        parse_address(text)
-    assert parse_address(":80").loopback and parse_address("localhost:80").loopback
-    assert not parse_address("10.0.0.1:80").loopback and not parse_address("host.example:80").loopback
-
-
-@pytest.fixture
-def call(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call:
-    """`moecast train` in a folder of its own."""
-    monkeypatch.chdir(tmp_path)
-    for name in ("JAX_PLATFORMS", "XLA_FLAGS"):
-        monkeypatch.setenv(name, "")  # and so are put back
-        monkeypatch.delenv(name)
-    return lambda *arguments: call("train", *arguments)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "rule"),
-    [
-        (["missing.yaml"], "missing.yaml: no such file"),
-        (["tiny.yaml", "--set", "training.run.stps=3"], "training.run.stps: unknown key; did you mean 'steps'?"),
-        (["tiny.yaml", "--process", "0"], "--coordinator, --process and --processes: go together"),
-        (["tiny.yaml", "--coordinator", "x", "--process", "0", "--processes", "2"], "write it as HOST:PORT"),
-        (["tiny.yaml", "--coordinator", ":1", "--process", "2", "--processes", "2"], "--process 2: must be from 0"),
-        (["tiny.yaml", "--coordinator", ":1", "--process", "0", "--processes", "2"], "must divide the 1 devices"),
-        (["tiny.yaml", "--devices", "3"], "batch.sequences = 8: must be a multiple of the data degree 3"),
-        (["tiny.yaml", "--set", "cluster=v5p-8"], "moecast scale tiny.yaml --devices 8 makes a small job of it"),
-        (["tiny.yaml", "--out", "text.txt"], "--out text.txt: is there and is not a folder"),
-        (["tiny.yaml", "--set", "training.learning.data.files=[none.txt]"], "none.txt"),
-        (["tiny.yaml", "--set", "model.vocab=100"], "model.vocab = 100: must be at least 259"),
-    ],
-    ids=lambda x: " ".join(x) if isinstance(x, list) else "",
-)
-def test_a_wrong_question_is_one_line(arguments: list[str], rule: str, call: Call, tmp_path: Path) -> None:
-    write_tiny(tmp_path)
-    code, out, error = call(*arguments)
-    assert code == 2 and not out and error.count("\n") == 1 and error.startswith("moecast: ") and rule in error
-    assert not (tmp_path / "runs").exists()
-
-
-def test_the_example_job_of_the_tests_is_a_job(tmp_path: Path) -> None:
-    assert load_job(write_tiny(tmp_path)).hash != tiny().hash

@@ -98,7 +98,7 @@ class _Host:
         from trainer.timing import timed
 
         devices = tuple(jax.devices())
-        common = {
+        common: dict[str, Any] = {
             "source": "netlab", "date": today(), "chip": "cpu-host", "software": software(), "kind": "collective",
             "dtype": "fp32", "level": resolve_cluster(job.cluster).levels[-1].name, "devices": len(devices),
             "job_hash": job.hash,
