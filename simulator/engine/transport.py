@@ -165,7 +165,7 @@ class Shared:
     def _groups(self, kind: str, size: int, stride: int, stage: int, group: int) -> tuple[tuple[int, ...], float]:
         """The groups of a stage that a class's collective stands for, and its share of their bytes."""
         members = self.templates.members(size, stride)
-        mine = [i for i, first in enumerate(members[:, 0].tolist()) if self.layout.stage_of(first) == stage]
+        mine = np.flatnonzero(self.layout.stages_of(members[:, 0]) == stage).tolist()
         if group < 0 or self.setup.groups == 1:
             return tuple(mine), 1.0
         if kind == "all_to_all" and len(mine) == self.setup.groups:
@@ -279,6 +279,6 @@ class Layout:
     transport: Literal["collective", "deepep", "hybridep"]
     graph: Path | None = None
 
-    def stage_of(self, device: int) -> int:
-        """Pipeline rank of a device."""
-        return device // self.stage_stride % self.stages
+    def stages_of(self, devices: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Pipeline ranks of devices."""
+        return devices // self.stage_stride % self.stages
