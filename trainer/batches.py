@@ -30,10 +30,10 @@ def rows_here(trainer: Trainer) -> range:
     return range(first, last)
 
 
-def batches_here(job: Job, folder: Path, rows: range, split: Any, seed: int) -> Batches:
-    """This process's part of every batch."""
-    parts = job.batch.sequences // len(rows)
-    return make_batches(job, folder, split=split, seed=seed, process_index=rows.start // len(rows), process_count=parts)
+def batches_here(job: Job, folder: Path, rows: range, split: Any, seed: int, workers: int | None = None) -> Batches:
+    """This process's part of every batch; `workers` as `make_batches` has it."""
+    index, count = rows.start // len(rows), job.batch.sequences // len(rows)
+    return make_batches(job, folder, split=split, seed=seed, process_index=index, process_count=count, workers=workers)
 
 
 def placed(shapes: Mapping[str, Any], rows: range, batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -46,11 +46,15 @@ def placed(shapes: Mapping[str, Any], rows: range, batch: Mapping[str, Any]) -> 
 
 
 class Placer:
-    """The training batches of a job, one after the other, on the devices."""
+    """The training batches of a job, one after the other, on the devices.
+
+    Each is made when it is asked for: threads that made the next ones ahead would take cores from the step that is
+    being timed, milliseconds of one device's in every step.
+    """
 
     def __init__(self, job: Job, folder: Path, trainer: Trainer) -> None:
         self.rows, self.shapes = rows_here(trainer), trainer.batch_shapes()
-        self._batches = batches_here(job, folder, self.rows, "train", job.training.learning.seed)
+        self._batches = batches_here(job, folder, self.rows, "train", job.training.learning.seed, workers=0)
 
     def next(self) -> dict[str, Any]:
         """The next batch."""

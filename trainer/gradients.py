@@ -41,13 +41,15 @@ def local_gradients(t: Trainer, s: Setting, params: Tree, batch: Tree, step: Arr
     # Marked as differing between devices, gradients stay local until they are reduced, once, below.
     local = tree_map(lambda p, w: varying(w, varying_axes(p, t.axes, gathered=whole)), t.abstract, params)
     key = jax.random.fold_in(jax.random.key(t.job.training.learning.seed + 1), step)
-    weight, count = total_weight(s, batch), t.degrees.microbatches
+    count = t.degrees.microbatches
+    at_once = count == 1 or t.degrees.pipeline > 1
+    weight = None if at_once else total_weight(s, batch)
 
     def loss(w: Tree, b: Tree) -> tuple[Array, Tree]:
         return local_losses(t, s, w, b, key, weight)
 
     grad = jax.value_and_grad(loss, has_aux=True)
-    if count == 1 or t.degrees.pipeline > 1:
+    if at_once:
         (_, metrics), gradients = grad(local, batch)
     else:
         parts = jax.tree.map(lambda x: x.reshape(count, x.shape[0] // count, *x.shape[1:]), batch)
@@ -63,7 +65,7 @@ def local_gradients(t: Trainer, s: Setting, params: Tree, batch: Tree, step: Arr
             first = tree_map(lambda p, w: _shard_zeros(t, p, w), t.abstract, params)
         gradients, seen = lax.scan(add, first, parts)
         metrics = _over_microbatches(seen)
-    if t.job.plan.shard != "gradients" or count == 1 or t.degrees.pipeline > 1:
+    if t.job.plan.shard != "gradients" or at_once:
         gradients = _reduced(t, gradients)
     return gradients, metrics
 
@@ -101,10 +103,12 @@ def _reduced(t: Trainer, gradients: Tree) -> Tree:
 
 
 def local_losses(
-    t: Trainer, s: Setting, params: Tree, batch: Tree, key: Array | None, weight: Array
+    t: Trainer, s: Setting, params: Tree, batch: Tree, key: Array | None, weight: Array | None = None
 ) -> tuple[Array, Tree]:
     """The loss of a microbatch (its share of the step's mean), and metrics, summed over all devices.
 
+    `weight` is the step's; where `batch` is all of it, the sum comes with the others at the end: XLA:CPU has as many
+    threads as cores, and a device that waits for a sum at the start holds one that another device would compute on.
     `share` is the number of microbatches over which the router's losses are averaged: in training those of the step,
     in evaluation one, since its batch is not cut, but by a pipeline.
     """
@@ -114,12 +118,13 @@ def local_losses(
         return _finished(t, s, sums, reports, weight)
 
 
-def _finished(t: Trainer, s: Setting, sums: Tree, reports: Tree, weight: Array) -> tuple[Array, Tree]:
+def _finished(t: Trainer, s: Setting, sums: Tree, reports: Tree, weight: Array | None) -> tuple[Array, Tree]:
     """The loss and the metrics from what the devices' layers have summed up."""
     learning, how = t.job.training.learning, t.job.training.learning.router
     axes = tuple(dict.fromkeys((*s.axes.pipeline, *s.axes.data)))
     sums = _summed(sums, axes)
     reports = _over_tokens(s, reports)
+    weight = jnp.maximum(sums["weights"], 1) if weight is None else weight
     loss = (sums["loss"] + learning.logits_z_loss * sums["z"]) / weight
     share = t.degrees.microbatches if s.train or t.degrees.pipeline > 1 else 1
     router: dict[str, Array] = {}

@@ -21,7 +21,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from simulator.job.popularity import forced_counts
 from trainer.forced import Forced
-from trainer.gradients import local_gradients, local_losses, total_weight
+from trainer.gradients import local_gradients, local_losses
 from trainer.mesh import Axes, make_axes, make_mesh
 from trainer.model import model_parameters
 from trainer.optimizer import DTYPES, frozen_parts, make_optimizer, schedule_of
@@ -207,7 +207,7 @@ class Trainer:
     def _evaluate(self, params: Tree, batch: Tree) -> Tree:
         s, specs = self.setting(train=False), self.batch_spec()
         run = jax.shard_map(
-            lambda p, b: local_losses(self, s, p, b, None, total_weight(s, b))[1],
+            lambda p, b: local_losses(self, s, p, b, None)[1],
             mesh=self.mesh,
             in_specs=(self.parameter_specs, jax.tree.map(lambda _: specs, batch)),
             out_specs=PartitionSpec(),

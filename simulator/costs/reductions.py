@@ -118,9 +118,9 @@ class StateCosts:
     def own_sums(self, calls: tuple[Number, Number]) -> list[CommTime]:
         """What our trainer sums over ranks beside the gradients, in a step; `calls` see `calls`.
 
-        Weights of the targets once; loss and routers for every microbatch (once for those of a pipeline), as one array
-        that may be merged with the gradients, and the largest logits. The squares of experts' gradients, unless merged.
-        On XLA:CPU only: elsewhere so few numbers are lost beside the gradients.
+        Weights of the targets once where there are microbatches; loss and routers for every microbatch (once for those
+        of a pipeline), as one array that may be merged with the gradients, and the largest logits. The squares of
+        experts' gradients, unless merged. On XLA:CPU only: elsewhere so few numbers are lost beside the gradients.
         """
         d, alone = self.degrees, self.job.plan.shard != "none"
         if not self.habits.each_array:
@@ -131,9 +131,13 @@ class StateCosts:
         times = 1.0 if d.pipelined else d.microbatches
         sums = times if alone else where(d.microbatches > 1, times, 0.0)
         if some(replicas > 1):
-            bytes_ = 4.0 * (1 + times * (4 + sum(2 * e + 8 for e in experts)))
-            parts = 1 + sums + (times if experts else 0.0)
-            out.append(self._comm("step.sums", "all_reduce", replicas, "replica", bytes_, parts=parts))
+            first = 0.0 if d.pipelined else where(d.microbatches > 1, 1.0, 0.0)
+            bytes_ = 4.0 * (first + times * (4 + sum(2 * e + 8 for e in experts)))
+            parts = first + sums + (times if experts else 0.0)
+            if some(parts > 0):
+                # Without any of its own in a plan, they are with the gradients.
+                bytes_, parts = where(parts > 0, bytes_, 0.0), where(parts > 0, parts, 1.0)
+                out.append(self._comm("step.sums", "all_reduce", replicas, "replica", bytes_, parts=parts))
         apart = where(d.expert > 1, where(d.expert == replicas, 1.0 if alone else 0.0, 1.0), 0.0)
         if some(apart):
             arrays = calls[1] * self._norms
