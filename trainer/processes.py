@@ -163,6 +163,21 @@ def agree(number: int) -> int:
     return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
 
+@contextmanager
+def working(what: str) -> Iterator[None]:
+    """Errors of JAX within as WorkFailed, one line that begins with `what`."""
+    import jax
+
+    try:
+        yield
+    except (QuestionError, WorkFailed):
+        raise
+    except (jax.errors.JaxRuntimeError, RuntimeError, ValueError) as error:
+        if jax.process_count() > 1:
+            raise WorkFailed(f"{what}: another process has ended or cannot be reached: {short(error)}") from None
+        raise WorkFailed(f"{what}: {short(error)}") from None
+
+
 def give_up(text: str) -> NoReturn:
     """End this process now, from whatever thread, with one line and exit code 4."""
     sys.stderr.write(f"\nmoecast: {text}\n")

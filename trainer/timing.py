@@ -16,7 +16,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from simulator.results.measurement import Measurement
-from trainer.measure import software, today
+from trainer.measured import software, today
 from trainer.processes import agree
 
 Array = Any

@@ -94,7 +94,7 @@ class _Host:
     def _collectives(self, request: dict[str, Any], job: Job) -> tuple[Measurement, ...]:
         import jax
 
-        from trainer.measure import software, today
+        from trainer.measured import software, today
         from trainer.timing import timed
 
         devices = tuple(jax.devices())
