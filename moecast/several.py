@@ -79,9 +79,9 @@ def met(where: Place) -> Iterator[None]:
     from moecast.progress import FAILED, INTERRUPTED
     from trainer import processes
 
-    # gloo greets on standard output, which is for the result.
-    printed = os.dup(1)
-    os.dup2(2, 1)
+    # gloo greets each of its peers on standard output, which is for the result.
+    printed, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
     try:
         if where.address is not None:
             processes.join(where.address, where.process, where.count)

@@ -22,7 +22,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from hw_profiles.errors import Interrupted, QuestionError, WorkFailed
+from hw_profiles.errors import Interrupted, WorkFailed
 from hw_profiles.files import inside, write_whole
 from hw_profiles.loader import resolve_cluster
 from simulator.job.rules import resolve

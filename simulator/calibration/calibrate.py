@@ -13,6 +13,7 @@ from importlib.metadata import version
 from statistics import median
 
 from hw_profiles.cluster import Cluster
+from hw_profiles.cluster_spec import plain_spec
 from hw_profiles.errors import QuestionError
 from hw_profiles.loader import SCALE_OUT_NAMES, resolve_cluster
 from hw_profiles.schema import Calibration, Chip, FittedTable, OpClass, Sharing, StepSpread
@@ -116,12 +117,15 @@ def _provenance(tables: Sequence[MeasurementTable]) -> tuple[str, str]:
 
 
 def _timed(kernels: Sequence[Measurement], jobs: Sequence[Observed], chip: Chip) -> list[Timed]:
-    """Collectives of one host alone, and those of steps."""
-    out = [
-        Timed(r.name, r.group_size, r.bytes or 0.0, r.seconds or 0.0, r.devices, False)
-        for r in kernels
-        if r.kind == "collective" and r.bytes and r.seconds
-    ]
+    """Collectives alone, within a host or between all of its hosts, and those of steps."""
+    out = []
+    for r in kernels:
+        if r.kind == "collective" and r.bytes and r.seconds:
+            alone = resolve_cluster(plain_spec(chip, r.devices, r.nodes), chip=chip) if r.nodes > 1 else None
+            card = card_rate(alone, r.group_size, r.stride) if alone else 0.0
+            if card is not None:
+                at_once = r.devices_per_node if card == 0 else r.devices
+                out.append(Timed(r.name, r.group_size, r.bytes, r.seconds, at_once, False, card_bytes_per_s=card))
     for o in jobs:
         cluster = resolve_cluster(o.job.cluster, chip=chip)
         for s in o.collectives:
