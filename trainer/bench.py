@@ -29,6 +29,8 @@ LARGE_STREAMS = (2**26, 2**28)
 KINDS = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "permute")
 MESSAGES = (2**10, 2**14, 2**18, 2**22)
 LARGE_MESSAGES = (2**25, 2**28)
+# Between hosts only groups of one device each tell about the links alone: their sizes have to be enough for a fit.
+MORE_BETWEEN = (2**12, 2**16, 2**20)
 SMALL_IN_A_ROW, LAUNCHES = 16, 50
 
 
@@ -49,7 +51,7 @@ def bench(timer: Timer, dtypes: Sequence[str], *, large: bool, say: Say) -> list
     out += _launches(timer)
     for size, stride in groups(timer.hosts):
         for kind in KINDS:
-            for bytes_ in MESSAGES + (LARGE_MESSAGES if large else ()):
+            for bytes_ in messages(timer.hosts, size, stride, large=large):
                 say(f"{kind} of {bytes_:,} bytes over {size}, {stride} apart")
                 out.append(_collective(timer.grouped(size, stride), kind, size, stride, bytes_))
     return out
@@ -58,9 +60,15 @@ def bench(timer: Timer, dtypes: Sequence[str], *, large: bool, say: Say) -> list
 def count(hosts: Hosts, dtypes: Sequence[str], *, large: bool) -> int:
     """How many benchmarks `bench` runs."""
     products = len(PRODUCTS) + (len(LARGE_PRODUCTS) if large else 0)
-    messages = len(MESSAGES) + (len(LARGE_MESSAGES) if large else 0)
     streams = len(STREAMS) + (len(LARGE_STREAMS) if large else 0)
-    return len(dtypes) * products + streams + 1 + len(groups(hosts)) * len(KINDS) * messages
+    sizes = sum(len(messages(hosts, *group, large=large)) for group in groups(hosts))
+    return len(dtypes) * products + streams + 1 + len(KINDS) * sizes
+
+
+def messages(hosts: Hosts, size: int, stride: int, *, large: bool) -> tuple[int, ...]:
+    """Bytes of the messages to measure in groups of `size` that are `stride` apart."""
+    more = MORE_BETWEEN if hosts.nodes > 1 and size <= hosts.nodes and stride % hosts.local == 0 else ()
+    return tuple(sorted(MESSAGES + more)) + (LARGE_MESSAGES if large else ())
 
 
 def groups(hosts: Hosts) -> list[tuple[int, int]]:
@@ -130,13 +138,8 @@ def _collective(timer: Timer, kind: str, size: int, stride: int, bytes_: int) ->
     elements = max(size, bytes_ // 4 // size * size)
     seconds = timer.seconds(collective_body(kind, size), timer.ones((elements,), jnp.float32))
     key = f"{kind}.{size}x{stride}.{bytes_}"
-    more = {
-        "dtype": "fp32",
-        "bytes": elements * 4.0,
-        "group_size": size,
-        "stride": stride,
-        "level": timer.hosts.level(size, stride),
-    }
+    level = timer.hosts.level(size, stride)
+    more = {"dtype": "fp32", "bytes": elements * 4.0, "group_size": size, "stride": stride, "level": level}
     return timer.row("collective", kind, seconds, key, **more)
 
 

@@ -20,19 +20,26 @@ BOOT = Path("/proc/sys/kernel/random/boot_id")
 class Hosts:
     """`devices` on `machines`, and on `nodes` as collectives see them; the switched levels of such a cluster.
 
-    On CPUs each process is a node: collectives between processes go over TCP, wherever these are.
+    On CPUs each process is a node: collectives between processes go over TCP, wherever these are. `wires` says what a
+    row of a collective has to know of that, and is empty where there is nothing.
     """
 
     devices: int
     machines: int
     nodes: int
     levels: tuple[Level, ...]
-    note: str = ""
+    processes: int = 1
+    wires: str = ""
 
     @property
     def local(self) -> int:
         """Devices of a node."""
         return self.devices // self.nodes
+
+    def note(self, kind: str) -> str:
+        """What a row of this kind says of the processes."""
+        several = f"{self.processes} processes" if self.processes > 1 else ""
+        return f"{several}: {self.wires}" if kind == "collective" and self.wires else several
 
     def level(self, size: int, stride: int) -> str:
         """The name of the network that a group of `size`, `stride` apart, needs; empty on a torus."""
@@ -51,7 +58,10 @@ def hosts_of(others: Others, chip: Chip, devices: int) -> Hosts:
         )
     nodes = others.count if chip.kind == "cpu" else machines
     levels = () if chip.kind == "tpu" else resolve_cluster(plain_spec(chip, devices, nodes)).levels
-    note = f"{others.count} processes" if others.count > 1 else ""
-    if nodes > machines:
-        note += f" on {machines} machine{'s' if machines > 1 else ''}: those of one speak over its loopback"
-    return Hosts(devices, machines, nodes, levels, note)
+    wires = ""
+    if chip.kind == "cpu" and others.count > 1:
+        # Seen with jaxlib 0.10: a group within one process takes as long as one across processes.
+        wires = "gloo over TCP, within a process too"
+        if nodes > machines:
+            wires += f"; {machines} machine{'s' if machines > 1 else ''}, whose loopback joins its processes"
+    return Hosts(devices, machines, nodes, levels, others.count, wires)

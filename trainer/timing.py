@@ -96,7 +96,7 @@ class Timer:
         return Measurement(
             id=f"bench:{self.count}:{key}", source="moecast bench", date=today(), chip=self.chip,
             software=software(), kind=kind, name=name, seconds=middle, p10_s=low, p90_s=high,
-            samples=len(seconds), devices=self.count, note=self.hosts.note,
+            samples=len(seconds), devices=self.count, note=self.hosts.note(kind),
             nodes=self.hosts.nodes if kind == "collective" else self.hosts.machines, **more,
         )  # fmt: skip
 
