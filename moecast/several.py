@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -114,12 +115,21 @@ def supervised(arguments: Sequence[str], mark: str, *, limit_s: float | None = N
 
     WorkFailed where it takes longer than `limit_s`. `hint` ends what is said of a child that was ended by a signal.
     """
+    with tempfile.TemporaryFile() as waits:
+        return _supervised(arguments, mark, limit_s, hint, waits)
+
+
+def _supervised(arguments: Sequence[str], mark: str, limit_s: float | None, hint: str, waits: Any) -> int:
     from moecast.cli import _complain
     from moecast.progress import FAILED
+    from trainer.processes import WAITS, WAITS_BYTES
 
-    environment = os.environ | {mark: str(os.getpid())}
+    environment = os.environ | {mark: str(os.getpid()), WAITS: str(waits.fileno())}
     # In a session of its own, so that Ctrl-C reaches it once, from here.
-    child = subprocess.Popen([sys.executable, "-m", "moecast", *arguments], env=environment, start_new_session=True)
+    child = subprocess.Popen(
+        [sys.executable, "-m", "moecast", *arguments], env=environment, start_new_session=True,
+        pass_fds=(waits.fileno(),),
+    )  # fmt: skip
 
     def pass_on(number: int, _: Any) -> None:
         child.send_signal(number)
@@ -136,8 +146,10 @@ def supervised(arguments: Sequence[str], mark: str, *, limit_s: float | None = N
             signal.signal(number, handler)
     if code >= 0:
         return code
+    said = os.pread(waits.fileno(), WAITS_BYTES, 0).decode(errors="replace").strip()
+    waited = f"; {said}" if said else ""
     if -code == signal.SIGABRT:
-        _complain(f"another process of the run has ended or is silent: this one was ended too{hint}")
+        _complain(f"another process of the run has ended or is silent: this one was ended too{waited}{hint}")
     else:
         _complain(f"the process that did the work was ended by signal {-code} ({signal.strsignal(-code)}){hint}")
     return FAILED

@@ -221,4 +221,4 @@ def _renamed(one: Execution) -> Execution:
     place = {d.id: i for i, d in enumerate(jax.devices())}
     here = [d.id for d in jax.local_devices()]
     ids = {d: d if jax.default_backend() == "cpu" else here[d] for d in one.devices}
-    return Execution(one.run, {place[ids[d]]: events for d, events in one.devices.items()})
+    return replace(one, devices={place[ids[d]]: events for d, events in one.devices.items()})

@@ -50,8 +50,8 @@ class Others:
             with working(what):
                 yield
             return
-        whom = "" if self.count == 1 else " with the other processes"
-        with working(what), self._watch.waiting(what + whom, limit_s):
+        whom = "" if self.count == 1 else "the other processes in "
+        with working(what), self._watch.waiting(whom + what, limit_s):
             yield
 
     def barrier(self, what: str, limit_s: float = WAIT_S) -> None:
@@ -135,7 +135,7 @@ class Others:
     def _asked(self, ask: Callable[[], T], what: str, limit_s: float, whom: str) -> T:
         begun = time.monotonic()
         # The runtime gives up by itself; the watch is for a runtime that does not.
-        watched = self._watch.waiting(f"{what}, {whom}", limit_s + 30) if self._watch else nullcontext()
+        watched = self._watch.waiting(f"{whom} ({what})", limit_s + 30) if self._watch else nullcontext()
         try:
             with watched:
                 return ask()

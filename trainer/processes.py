@@ -26,6 +26,9 @@ LEAVE_S = 30
 FAILED = 4
 LOOPBACK = "127.0.0.1"
 STOP_KEY = "moecast/stop"
+# The number of an open file, from a parent; and how much of it is used.
+WAITS = "MOECAST_WAITS"
+WAITS_BYTES = 400
 # Steps from one process's dispatch that the others cannot have passed: each fetches step n - 1 before dispatching
 # n + 1, and that one needs everybody's part.
 LEAD_STEPS = 4
@@ -186,11 +189,16 @@ def give_up(text: str) -> NoReturn:
 
 
 class Watch:
-    """Ends the process when a wait takes longer than it may: waits inside of JAX cannot be interrupted otherwise."""
+    """Ends the process when a wait takes longer than it may: waits inside of JAX cannot be interrupted otherwise.
+
+    What is being waited for is written to the file that `WAITS` names, for a parent to say it if JAX ends the process.
+    """
 
     def __init__(self, parent: int | None = None) -> None:
-        self._waits: dict[int, tuple[float, str]] = {}
+        self._waits: dict[int, tuple[float, float, str]] = {}
         self._parent = parent
+        told = os.environ.pop(WAITS, "")
+        self._told = int(told) if told.isdecimal() else None
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._look, name="watch", daemon=True)
         self._thread.start()
@@ -199,7 +207,7 @@ class Watch:
     def waiting(self, what: str, limit_s: float) -> Iterator[None]:
         """Within, at most `limit_s` seconds may pass; else the process ends with a line that names `what`."""
         key = object()
-        self._waits[id(key)] = (time.monotonic() + limit_s, f"waited {limit_s:.0f} s for {what}: gave up")
+        self._waits[id(key)] = (time.monotonic(), limit_s, what)
         try:
             yield
         finally:
@@ -213,9 +221,14 @@ class Watch:
     def _look(self) -> None:
         while not self._ended.wait(0.5):
             now = time.monotonic()
-            for until, text in list(self._waits.values()):
-                if now > until:
-                    give_up(text)
+            waits = list(self._waits.values())
+            for begun, limit_s, what in waits:
+                if now > begun + limit_s:
+                    give_up(f"waited {limit_s:.0f} s for {what}: gave up")
+            if self._told is not None:
+                said = [f"it had waited {now - begun:.0f} s for {what}" for begun, _, what in waits]
+                # Of fixed length, so that nothing of a longer one is left.
+                os.pwrite(self._told, "; ".join(said).encode()[:WAITS_BYTES].ljust(WAITS_BYTES), 0)
             # A worker whose supervisor was killed would go on unseen.
             if self._parent is not None and os.getppid() != self._parent:
                 give_up("the process that started this one is gone")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +34,13 @@ class Execution:
     """One execution of a program: the events of each device, in order of their start.
 
     `others` are devices of other processes, of which a trace has nothing: an outline of theirs, on this clock
-    (`trainer/clocks.py`).
+    (`trainer/clocks.py`). `began_ns` is when the trace began by the host's clock, since 1970; 0 where it does not say.
     """
 
     run: int
     devices: Mapping[int, tuple[Event, ...]]
     others: Mapping[int, tuple[Event, ...]] = field(default_factory=dict)
+    began_ns: int = 0
 
     @property
     def everywhere(self) -> Mapping[int, tuple[Event, ...]]:
@@ -83,7 +84,8 @@ def read_trace(path: Path, module: str) -> tuple[Execution, ...]:
     out = executions(_events(planes), module)
     if not out:
         raise QuestionError(f"{path}: holds no run of the program {module}: is it the trace of another job?")
-    return out
+    began_ns = next((int(v) for p in planes for k, v in p.stats if k == "profile_start_time"), 0)
+    return tuple(replace(one, began_ns=began_ns) for one in out)
 
 
 def _events(planes: Iterable[Any]) -> Iterable[tuple[str, int, int, Event]]:
