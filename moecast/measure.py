@@ -175,6 +175,8 @@ def _measure_here(
         from trainer.telemetry import write_routing
 
         check_present(loaded[0][0], cluster, jax.devices(), None)
+        if others.lead:
+            _warn_of_hosts(loaded, others.count)
         with bar("measuring", count(len(loaded), rounds, turns), visible=others.lead) as done:
 
             def say(text: str) -> None:
@@ -196,6 +198,24 @@ def _measure_here(
         timelines = {one.job.hash: one.timeline for one in found if one.timeline}
         rows = tuple(row for one in found for row in one.rows)
         write_table(MeasurementTable(rows, jobs, routing, output.name, timelines), output)
+
+
+def _warn_of_hosts(loaded: Sequence[tuple[Path, Job]], processes: int) -> None:
+    """Say of which CPU jobs a forecast has other links than the processes that run them."""
+    from hw_profiles.loader import SCALE_OUT_NAMES, resolve_cluster
+
+    for path, job in loaded:
+        cluster = resolve_cluster(job.cluster)
+        if cluster.chip.kind != "cpu":
+            continue
+        first = cluster.levels[0]
+        hosts = cluster.devices // (1 if first.name in SCALE_OUT_NAMES.values() else first.devices)
+        if hosts != processes:
+            print(
+                f"moecast: {path}: its cluster has {hosts} host{'s' * (hosts > 1)}, and it runs in {processes}"
+                f" process{'es' * (processes > 1)}: a forecast has other links (--set cluster.nodes={processes})",
+                file=sys.stderr,
+            )
 
 
 def joined(parts: Sequence[Path], output: Path) -> MeasurementTable:

@@ -124,7 +124,7 @@ def _supervised(arguments: Sequence[str], mark: str, limit_s: float | None, hint
     from moecast.progress import FAILED
     from trainer.processes import WAITS, WAITS_BYTES
 
-    environment = os.environ | {mark: str(os.getpid()), WAITS: str(waits.fileno())}
+    environment = os.environ | {mark: str(os.getpid()), WAITS: f"{waits.fileno()}:{os.getpid()}"}
     # In a session of its own, so that Ctrl-C reaches it once, from here.
     child = subprocess.Popen(
         [sys.executable, "-m", "moecast", *arguments], env=environment, start_new_session=True,

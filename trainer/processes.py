@@ -26,7 +26,7 @@ LEAVE_S = 30
 FAILED = 4
 LOOPBACK = "127.0.0.1"
 STOP_KEY = "moecast/stop"
-# The number of an open file, from a parent; and how much of it is used.
+# From a parent: the number of an open file, a colon, the parent's process number; and how much of the file is used.
 WAITS = "MOECAST_WAITS"
 WAITS_BYTES = 400
 # Steps from one process's dispatch that the others cannot have passed: each fetches step n - 1 before dispatching
@@ -69,10 +69,11 @@ def join(address: Address, process: int, processes: int, heartbeat_s: int = HEAR
     # The service of preemption notices would take SIGTERM, which here means: save and stop.
     jax.config.update("jax_enable_preemption_service", False)
     try:
-        jax.distributed.initialize(
-            where, processes, process, coordinator_bind_address=where, cluster_detection_method="deactivate",
-            initialization_timeout=JOIN_S, heartbeat_timeout_seconds=heartbeat_s, shutdown_timeout_seconds=LEAVE_S,
-        )  # fmt: skip
+        with _meeting(f"the {processes} processes to meet at {where}"):
+            jax.distributed.initialize(
+                where, processes, process, coordinator_bind_address=where, cluster_detection_method="deactivate",
+                initialization_timeout=JOIN_S, heartbeat_timeout_seconds=heartbeat_s, shutdown_timeout_seconds=LEAVE_S,
+            )  # fmt: skip
     except (RuntimeError, ValueError) as error:
         raise WorkFailed(
             f"process {process} of {processes}: the others were not met at {where} within {JOIN_S} s: {short(error)}"
@@ -87,13 +88,25 @@ def join_recognised() -> None:
 
     jax.config.update("jax_enable_preemption_service", False)
     try:
-        jax.distributed.initialize(
-            initialization_timeout=JOIN_S, heartbeat_timeout_seconds=HEARTBEAT_S, shutdown_timeout_seconds=LEAVE_S
-        )
+        with _meeting("the other processes to come"):
+            jax.distributed.initialize(
+                initialization_timeout=JOIN_S, heartbeat_timeout_seconds=HEARTBEAT_S, shutdown_timeout_seconds=LEAVE_S
+            )
     except ValueError:
         return  # JAX knows of no cluster here: one process
     except RuntimeError as error:
         raise WorkFailed(f"the other processes were not met within {JOIN_S} s: {short(error)}") from None
+
+
+@contextmanager
+def _meeting(what: str) -> Iterator[None]:
+    """Within, `JOIN_S` seconds may pass: JAX's own end is later and says nothing of it."""
+    watch = Watch()
+    try:
+        with watch.waiting(what, JOIN_S):
+            yield
+    finally:
+        watch.close()
 
 
 def _collectives_on_loopback() -> None:
@@ -197,8 +210,9 @@ class Watch:
     def __init__(self, parent: int | None = None) -> None:
         self._waits: dict[int, tuple[float, float, str]] = {}
         self._parent = parent
-        told = os.environ.pop(WAITS, "")
-        self._told = int(told) if told.isdecimal() else None
+        # The file is open in a child of that parent only.
+        file, _, whose = os.environ.get(WAITS, "").partition(":")
+        self._told = int(file) if whose == str(os.getppid()) else None
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._look, name="watch", daemon=True)
         self._thread.start()

@@ -130,7 +130,7 @@ def _timed(kernels: Sequence[Measurement], jobs: Sequence[Observed], chip: Chip)
         cluster = resolve_cluster(o.job.cluster, chip=chip)
         for s in o.collectives:
             card = card_rate(cluster, s.size, s.stride)
-            # Between hosts a trace does not show who came last: those of steps have waiting in them.
+            # Between hosts a trace of one process does not show who came last: those of steps may have waiting in them.
             if s.bytes > 0 and card == 0:
                 weight = s.seconds * s.samples
                 out.append(Timed(s.kind, s.size, s.bytes, s.seconds, o.devices, True, weight, arrays=s.arrays))
