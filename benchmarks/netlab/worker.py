@@ -94,7 +94,10 @@ class _Host:
             self._ready[job.name] = Ready(Asked(job, Path.cwd()), jax.devices(), self.others).compile()
         _say(f"{job.name}: measuring {request['case']}")
         ready = self._ready[job.name]
-        return ready.measured(ready.sample(request["steps"], request["traced"]), request["case"], job).rows
+        rows: tuple[Measurement, ...] = ready.measured(
+            ready.sample(request["steps"], request["traced"]), request["case"], job
+        ).rows
+        return rows
 
     def _collectives(self, request: dict[str, Any], job: Job) -> tuple[Measurement, ...]:
         import jax

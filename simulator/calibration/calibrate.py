@@ -140,7 +140,8 @@ def _timed(kernels: Sequence[Measurement], jobs: Sequence[Observed], chip: Chip)
 def _less_network(seen: Observed, chip: Chip) -> Observed:
     """A job over several hosts with the rest of its step, once its collectives alone are taken off, as its compute.
 
-    A trace of one process does not show what of a collective between hosts was waiting; it goes with the compute that made them late.
+    A trace of one process does not show what of a collective between hosts was waiting; it goes with the compute that
+    made them late.
     """
     if resolve_cluster(seen.job.cluster).levels[-1].name not in SCALE_OUT_NAMES.values():
         return seen
