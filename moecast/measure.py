@@ -152,8 +152,9 @@ def working_here(where: Place) -> Iterator[Others]:
             yield others
         finally:
             watch.close()
-        if not others.lead:
-            print(f"process {others.index} of {others.count}: done; process 0 has the table", file=sys.stderr)
+    # Having left together, all know that process 0 has its rows.
+    if not others.lead:
+        print(f"process {others.index} of {others.count}: done; process 0 has the table", file=sys.stderr)
 
 
 def _measure_here(

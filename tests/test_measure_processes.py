@@ -11,6 +11,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -31,6 +32,7 @@ from trainer.clocks import allowed, outline, together
 from trainer.hlo_collectives import collectives
 from trainer.hlo_text import parse_module
 from trainer.hosts import Hosts
+from trainer.others import Others
 from trainer.xplane import Event, Execution
 
 ROOT = Path(__file__).parents[1]
@@ -126,6 +128,44 @@ def test_a_rows_hosts_are_its_cluster() -> None:
     assert len(notes) == 4 and notes[-1].startswith("between hosts, all_to_all: start")
     with pytest.raises(QuestionError, match="no whole nodes of 2"):
         plain_spec(load_chip("h100-sxm"), 5, 2)
+
+
+class Store:
+    """The key-value store of JAX's runtime, as far as it is used; what is not there times out."""
+
+    def __init__(self) -> None:
+        self.held: dict[str, bytes] = {}
+
+    def key_value_set_bytes(self, key: str, value: bytes) -> None:
+        self.held[key] = value
+
+    def blocking_key_value_get_bytes(self, key: str, timeout_ms: int) -> bytes:
+        if key not in self.held:
+            raise jax.errors.JaxRuntimeError(f"DEADLINE_EXCEEDED: {key}")
+        return self.held[key]
+
+    def key_value_delete(self, folder: str) -> None:
+        self.held = {k: v for k, v in self.held.items() if not k.startswith(f"{folder}/")}
+
+
+def test_what_is_gathered_comes_in_pieces_and_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three processes' values come whole and in order; one too large, or one that does not come, is named."""
+    store, found = Store(), []
+    monkeypatch.setattr("trainer.others.PIECE_BYTES", 7)
+    monkeypatch.setattr(Others, "_next", lambda _: "here")
+    for index in (0, 1, 2):
+        one = Others()
+        one.index, one.count, one.lead, one._client = index, 3, index == 0, store
+        found.append(one)
+    values = [{"seconds": [0.1 * i, 1 / 3, 1e-9], "name": "x" * i} for i in range(3)]
+    assert [found[i].gather("rows", values[i]) for i in (2, 1)] == [[], []]
+    assert len(store.held) > 6 and found[0].gather("rows", values[0]) == values and not store.held
+    found[2].gather("rows", values[2])
+    with pytest.raises(WorkFailed, match=r"rows: waited 0 s \(of at most 900\) for process 1: DEADLINE_EXCEEDED"):
+        found[0].gather("rows", values[0])
+    monkeypatch.setattr("trainer.others.MOST_BYTES", 10)
+    with pytest.raises(WorkFailed, match=r"rows: process 1 has \d+ bytes to send; at most 10 are gathered"):
+        found[1].gather("rows", values[1])
 
 
 def start(

@@ -166,7 +166,7 @@ class Steps:
     def __init__(self, trainer: Trainer, placer: Placer, compiled: Any, others: Others | None = None) -> None:
         self.trainer, self.placer, self.compiled = trainer, placer, compiled
         self.others = others or Others()
-        with self.others.working(f"{trainer.job.name}: the first state"):
+        with self.others.working(f"{trainer.job.name}: the first state", COMPILE_S):
             self.state = jax.block_until_ready(trainer.init())
         self.done = 0
         self.seen: list[LayerSeen] = []
