@@ -85,3 +85,22 @@ def check_keys(spec: ClusterSpec, chip: Chip) -> None:
         raise QuestionError(f"cluster.{name} = {value}: {chip.name} is {what}; its keys are {keys}")
     if needed not in given:
         raise QuestionError(f"cluster.{needed}: required for {chip.name}, and missing")
+
+
+def plain_spec(chip: Chip, devices: int, nodes: int = 1) -> dict[str, Any]:
+    """The `cluster:` that has so many devices of one chip on `nodes` hosts, or on as few as hold them.
+
+    QuestionError where they are no whole nodes, and for TPUs, whose slice a number of devices does not tell.
+    """
+    if chip.kind == "cpu":
+        return {"chip": chip.name, "devices": devices, **({"nodes": nodes} if nodes > 1 else {})}
+    if chip.kind == "tpu":
+        raise QuestionError("TPU: the shape of the slice is not stated")
+    chips = devices // chip.devices_per_chip
+    if is_rack_scale(chip):
+        domain = chip.scale_up.chips_per_domain or chips
+        return {"chip": chip.name, "racks": -(-chips // domain), "devices_per_domain": min(chips, domain)}
+    per_node = min(chips, chip.chips_per_host) if nodes == 1 else chips // nodes
+    if chips % per_node:
+        raise QuestionError(f"devices = {devices}: no whole nodes of {per_node}")
+    return {"chip": chip.name, "nodes": chips // per_node, "chips_per_node": per_node}

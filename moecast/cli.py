@@ -18,7 +18,20 @@ import typer
 from typer.core import TyperGroup
 
 from hw_profiles.errors import QuestionError, WorkFailed
-from moecast import calibrate, compare, convert, importing, measure, plan, programs, size, train, validate, whatif
+from moecast import (
+    bench,
+    calibrate,
+    compare,
+    convert,
+    importing,
+    measure,
+    plan,
+    programs,
+    size,
+    train,
+    validate,
+    whatif,
+)
 from moecast.progress import FAILED, INTERRUPTED, NO, busy
 
 if TYPE_CHECKING:
@@ -329,6 +342,7 @@ whatif.register(app)
 size.register(app)
 train.register(app)
 measure.register(app)
+bench.register(app)
 calibrate.register(app)
 validate.register(app)
 

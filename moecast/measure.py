@@ -1,45 +1,51 @@
-"""`moecast measure` and `moecast bench`: times of a job, and of this machine, as rows of a measurement table.
+"""`moecast measure`: times of a job as rows of a measurement table, by one process or several at once.
 
-How many devices a CPU shows is fixed when JAX starts, so each measurement runs in a process of its own.
+How many devices a CPU shows is fixed when JAX starts, so each measurement runs in a child. Of several processes each
+has one; process 0's writes the rows of all.
 """
 
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hw_profiles.errors import QuestionError, WorkFailed
-from moecast.progress import FAILED, bar
+from hw_profiles.errors import QuestionError
+from moecast.progress import bar
+from moecast.several import Coordinator, Place, Process, Processes, met, place, supervised
 
 if TYPE_CHECKING:
     from simulator.job.job import Job
     from simulator.results.measurement import MeasurementTable
+    from trainer.others import Others
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-Table = Annotated[Path, typer.Option("--output", "-o", metavar="TABLE", help="The table to write (.parquet or .csv).")]
-# Set in a child.
+Table = Annotated[
+    Path | None, typer.Option("--output", "-o", metavar="TABLE", help="The table to write (.parquet or .csv).")
+]
+# Set in a child: the process that started it and waits for it.
 CHILD = "MOECAST_MEASURE_CHILD"
 LONGEST_S = 3600.0
 
 
 def register(app: typer.Typer) -> None:
-    """Add the commands to the command line."""
-    app.command(epilog="Example: moecast measure examples/small/mixtral-8x7b.yaml -o mixtral.parquet")(measure)
+    """Add the command to the command line."""
     app.command(
-        epilog="Examples: moecast bench --devices 2 -o bench.parquet; moecast bench --target tpu:v5p:2x2x1 -o v5p.csv"
-    )(bench)
+        epilog="Example: moecast measure examples/small/mixtral-8x7b.yaml -o mixtral.parquet. As the first of two"
+        " processes: moecast measure examples/tiny-moe.yaml -o tiny.parquet --coordinator 10.0.0.1:8476 --process 0"
+        " --processes 2; the second has --process 1 and no -o."
+    )(measure)
 
 
 def measure(
     jobs: Annotated[list[Path], typer.Argument(metavar="JOB.yaml...", help="The job files.")],
-    output: Table,
+    output: Table = None,
     steps: Annotated[int, typer.Option(min=1, max=10_000, help="Timed steps, without the profiler.")] = 20,
     traced: Annotated[int, typer.Option(min=0, max=1_000, help="Steps under the profiler after them.")] = 5,
     rounds: Annotated[int, typer.Option(min=1, max=100, help="How often all jobs are measured, in turn.")] = 1,
@@ -50,74 +56,51 @@ def measure(
         list[str] | None,
         typer.Option("--set", metavar="FIELD=VALUE", help="Change a field, such as plan.expert=4; repeatable."),
     ] = None,
+    coordinator: Coordinator = None,
+    process: Process = None,
+    processes: Processes = None,
     as_json: Json = False,
 ) -> None:
     """Run jobs under JAX's profiler: times of whole steps, and of every op by scope, pass and device.
 
-    Beside the table go the tokens that each expert got, as `training.routing: {model: replay}` reads them.
+    Beside the table go the tokens that each expert got, as `training.routing: {model: replay}` reads them. Of several
+    processes all are given the same jobs and counts; process 0 writes the rows of all devices.
     """
     from hw_profiles.loader import resolve_cluster
     from simulator.job.load import load_job
 
     changes = list(set_ or ())
-    check_table(output)
     loaded = [(path, load_job(path, changes)) for path in jobs]
+    clusters = [resolve_cluster(job.cluster) for _, job in loaded]
+    where = place(coordinator, process, processes, clusters[0].chip.kind)
+    table = check_table(output, where)
     if os.environ.get(CHILD):
-        _measure_here(loaded, output, steps, traced, rounds, turns)
+        _measure_here(loaded, table, where, steps, traced, rounds, turns)
         return
     same = [path for path, job in loaded if sum(job.name == other.name for _, other in loaded) > 1]
     if same:
         raise QuestionError(f"{same[0]}: another job has the same name; rows are told apart by it")
+    by_cluster: dict[tuple[str, int], list[Path]] = {}
+    for (path, _), cluster in zip(loaded, clusters, strict=True):
+        by_cluster.setdefault((cluster.chip.name, cluster.devices), []).append(path)
+        if where.several and len(by_cluster) > 1:
+            raise QuestionError(
+                f"{path}: has {cluster.devices} devices of {cluster.chip.name}, {jobs[0]} {clusters[0].devices} of"
+                f" {clusters[0].chip.name}: several processes measure jobs of equal devices"
+            )
+    if clusters[0].chip.kind == "cpu":
+        where.divides(clusters[0].devices)
     counts = {"--steps": steps, "--traced": traced, "--rounds": rounds, "--turns": turns}
     options = [*(text for name, n in counts.items() for text in (name, str(n))), *(f"--set={c}" for c in changes)]
-    by_cluster: dict[tuple[str, int], list[Path]] = {}
-    for path, job in loaded:
-        cluster = resolve_cluster(job.cluster)
-        by_cluster.setdefault((cluster.chip.name, cluster.devices), []).append(path)
     parts = []
     with tempfile.TemporaryDirectory(prefix="moecast-") as scratch:
         for i, paths in enumerate(by_cluster.values()):
             parts.append(Path(scratch) / f"{i}.parquet")
-            child(["measure", *map(str, paths), "-o", str(parts[-1]), *options])
-        whole = _joined(parts, output)
-    finish(whole, output, as_json)
-
-
-def bench(
-    output: Table,
-    devices: Annotated[
-        int | None, typer.Option(min=1, max=512, help="CPU devices at work at once (default: one per core).")
-    ] = None,
-    chip: Annotated[str | None, typer.Option(metavar="NAME", help="The profile whose chip this is.")] = None,
-    seconds: Annotated[
-        float | None, typer.Option(min=0.01, max=60, help="Seconds for each benchmark (default 0.2).")
-    ] = None,
-    target: Annotated[
-        str | None, typer.Option(metavar="TARGET", help="Ask the TPU compiler instead, such as tpu:v5p:2x2x1.")
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """Measure this machine's devices: products, memory streams, launches and every collective.
-
-    With --target nothing is measured: the TPU compiler says how long it expects the same products and streams to take.
-    """
-    check_table(output)
-    if target is not None:
-        from moecast.estimates import bench_target
-
-        if (devices, chip, seconds) != (None, None, None):
-            raise QuestionError(f"--target {target:.60}: nothing runs: leave --devices, --chip and --seconds out")
-        bench_target(target, output, as_json)
-        return
-    if os.environ.get(CHILD):
-        _bench_here(output, devices, chip, seconds or 0.2)
-        return
-    with tempfile.TemporaryDirectory(prefix="moecast-") as scratch:
-        made = Path(scratch) / "bench.parquet"
-        arguments = ["bench", "-o", str(made), "--seconds", str(seconds or 0.2), "--devices", str(devices or cores())]
-        child([*arguments, *(["--chip", chip] if chip else [])])
-        whole = _joined([made], output)
-    finish(whole, output, as_json)
+            child(["measure", *map(str, paths), "-o", str(parts[-1]), *options], where)
+        if not parts[0].exists():
+            return
+        whole = joined(parts, table)
+    finish(whole, table, as_json)
 
 
 def cores() -> int:
@@ -125,98 +108,118 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def check_table(path: Path) -> None:
-    """QuestionError where no table can be written, before anything long begins."""
+def check_table(path: Path | None, where: Place) -> Path:
+    """The table that this process may write; QuestionError where it can write none, before anything long begins."""
+    if os.environ.get(CHILD) and path is not None:
+        return path
+    if where.process > 0:
+        if path is not None:
+            raise QuestionError(f"--output {path}: process 0 writes the table; process {where.process} has no --output")
+        return Path()
+    if path is None:
+        raise QuestionError("--output: missing: the table to write, such as -o table.parquet")
     if path.suffix not in (".parquet", ".csv"):
         raise QuestionError(f"--output {path}: must end in .parquet or .csv")
     if not path.parent.is_dir():
         raise QuestionError(f"--output {path}: no such folder: {path.parent}")
     if path.exists() and not path.is_file():
         raise QuestionError(f"--output {path}: is there and is not a file")
+    return path
 
 
-def child(arguments: Sequence[str]) -> None:
+def child(arguments: Sequence[str], where: Place) -> None:
     """Run a command of ours in a process of its own; its exit code is ours where it fails."""
-    command = [sys.executable, "-m", "moecast", *arguments]
-    environment = os.environ | {CHILD: "1"}
-    try:
-        code = subprocess.run(command, env=environment, timeout=LONGEST_S, check=False).returncode
-    except subprocess.TimeoutExpired:
-        said = " ".join(arguments[:2])
-        raise WorkFailed(f"moecast {said}: took longer than {LONGEST_S:g} s, and was ended") from None
+    meeting: list[str] = []
+    if where.address is not None:
+        address = f"{where.address.host}:{where.address.port}"
+        meeting = ["--coordinator", address, "--process", str(where.process), "--processes", str(where.count)]
+    code = supervised([*arguments, *meeting], CHILD, limit_s=LONGEST_S)
     if code:
-        raise typer.Exit(code if code > 0 else FAILED)
+        raise typer.Exit(code)
+
+
+@contextmanager
+def working_here(where: Place) -> Iterator[Others]:
+    """In a child: this process among the others, which it has met; the end of its parent ends it."""
+    from trainer.processes import Watch
+
+    with met(where) if where.several else nullcontext():
+        from trainer.others import Others
+
+        watch = Watch(int(os.environ[CHILD]))
+        others = Others(watch)
+        try:
+            yield others
+        finally:
+            watch.close()
+    # Having left together, all know that process 0 has its rows.
+    if not others.lead:
+        print(f"process {others.index} of {others.count}: done; process 0 has the table", file=sys.stderr)
 
 
 def _measure_here(
-    loaded: Sequence[tuple[Path, Job]], output: Path, steps: int, traced: int, rounds: int, turns: int
+    loaded: Sequence[tuple[Path, Job]], output: Path, where: Place, steps: int, traced: int, rounds: int, turns: int
 ) -> None:
-    """In a child: jobs of one cluster, measured in turn."""
+    """In a child: jobs of equal devices, measured in turn."""
     from hw_profiles.loader import resolve_cluster
     from moecast.train import check_present, prepare
     from simulator.calibration.tables import write_table
     from simulator.results.measurement import MeasurementTable
 
     cluster = resolve_cluster(loaded[0][1].cluster)
-    prepare(cluster, cluster.devices)
-    import jax
+    prepare(cluster, cluster.devices // where.count)
+    with working_here(where) as others:
+        import jax
 
-    from trainer.measure import Asked, count
-    from trainer.measure import measure as run
-    from trainer.telemetry import write_routing
+        from trainer.measure import Asked, count
+        from trainer.measure import measure as run
+        from trainer.telemetry import write_routing
 
-    check_present(loaded[0][0], cluster, jax.devices(), None)
-    with bar("measuring", count(len(loaded), rounds, turns)) as done:
+        check_present(loaded[0][0], cluster, jax.devices(), None)
+        if others.lead:
+            _warn_of_hosts(loaded, others.count)
+        with bar("measuring", count(len(loaded), rounds, turns), visible=others.lead) as done:
 
-        def say(text: str) -> None:
-            done.say(text)
-            done.advance()
+            def say(text: str) -> None:
+                done.say(text)
+                done.advance()
 
-        asked = [Asked(job, path.parent) for path, job in loaded]
-        found = run(asked, jax.devices(), steps=steps, traced=traced, rounds=rounds, turns=turns, say=say)
-    routing = {}
-    for one in found:
-        if one.routing:
-            routing[one.job.hash] = f"{one.job.hash[:12]}.routing.parquet"
-            write_routing(output.parent / routing[one.job.hash], one.routing)
-    jobs = {one.job.hash: one.job.model_dump(mode="json") for one in found}
-    timelines = {one.job.hash: one.timeline for one in found if one.timeline}
-    rows = tuple(row for one in found for row in one.rows)
-    write_table(MeasurementTable(rows, jobs, routing, output.name, timelines), output)
-
-
-def _bench_here(output: Path, devices: int | None, chip: str | None, seconds: float) -> None:
-    from hw_profiles.loader import load_chip, resolve_cluster
-    from moecast.train import prepare
-    from simulator.calibration.tables import write_table
-    from simulator.results.measurement import MeasurementTable
-
-    count = devices or cores()
-    if chip is None or load_chip(chip).kind == "cpu":
-        prepare(resolve_cluster({"chip": "cpu-host", "devices": count}), count)
-    import jax
-
-    from trainer.bench import bench as run
-    from trainer.bench import count as how_many
-    from trainer.timing import Timer
-
-    present = jax.devices()
-    on_cpu = present[0].platform == "cpu"
-    if chip is None and not on_cpu:
-        raise QuestionError(f"--chip: needed for {present[0].device_kind}: the profile whose chip this is")
-    dtypes = ("fp32",) if on_cpu else ("fp32", "bf16")
-    timer = Timer.of(present, load_chip(chip or "cpu-host").name, seconds)
-    with bar("benchmarks", how_many(len(present), dtypes, large=not on_cpu)) as done:
-
-        def say(text: str) -> None:
-            done.say(text)
-            done.advance()
-
-        rows = run(timer, dtypes, large=not on_cpu, say=say)
-    write_table(MeasurementTable(tuple(rows)), output)
+            found = run(
+                [Asked(job, path.parent) for path, job in loaded], jax.devices(), steps=steps, traced=traced,
+                rounds=rounds, turns=turns, say=say, others=others,
+            )  # fmt: skip
+        if not others.lead:
+            return
+        routing = {}
+        for one in found:
+            if one.routing:
+                routing[one.job.hash] = f"{one.job.hash[:12]}.routing.parquet"
+                write_routing(output.parent / routing[one.job.hash], one.routing)
+        jobs = {one.job.hash: one.job.model_dump(mode="json") for one in found}
+        timelines = {one.job.hash: one.timeline for one in found if one.timeline}
+        rows = tuple(row for one in found for row in one.rows)
+        write_table(MeasurementTable(rows, jobs, routing, output.name, timelines), output)
 
 
-def _joined(parts: Sequence[Path], output: Path) -> MeasurementTable:
+def _warn_of_hosts(loaded: Sequence[tuple[Path, Job]], processes: int) -> None:
+    """Say of which CPU jobs a forecast has other links than the processes that run them."""
+    from hw_profiles.loader import SCALE_OUT_NAMES, resolve_cluster
+
+    for path, job in loaded:
+        cluster = resolve_cluster(job.cluster)
+        if cluster.chip.kind != "cpu":
+            continue
+        first = cluster.levels[0]
+        hosts = cluster.devices // (1 if first.name in SCALE_OUT_NAMES.values() else first.devices)
+        if hosts != processes:
+            print(
+                f"moecast: {path}: its cluster has {hosts} host{'s' * (hosts > 1)}, and it runs in {processes}"
+                f" process{'es' * (processes > 1)}: a forecast has other links (--set cluster.nodes={processes})",
+                file=sys.stderr,
+            )
+
+
+def joined(parts: Sequence[Path], output: Path) -> MeasurementTable:
     """The children's tables as one, and their routing files beside `output`."""
     from hw_profiles.files import write_whole
     from simulator.calibration.tables import read_table

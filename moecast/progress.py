@@ -41,9 +41,9 @@ class Bar:
 
 
 @contextmanager
-def bar(doing: str, total: int) -> Iterator[Bar]:
-    """A progress bar on a terminal, with what is being done and the time left."""
-    if not sys.stderr.isatty():
+def bar(doing: str, total: int, *, visible: bool = True) -> Iterator[Bar]:
+    """A progress bar on a terminal, with what is being done and the time left; of several processes one has it."""
+    if not visible or not sys.stderr.isatty():
         yield Bar()
         return
     from rich.console import Console

@@ -7,18 +7,18 @@ when it starts.
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from moecast.several import Coordinator, Process, Processes, met, place, supervised
 
 if TYPE_CHECKING:
     from hw_profiles.cluster import Cluster
     from simulator.job.job import Job
-    from trainer.processes import Address
     from trainer.report import Result
 
 # Set in a worker: the process that started it and waits for it.
@@ -43,15 +43,12 @@ def train(
         list[str] | None,
         typer.Option("--set", metavar="FIELD=VALUE", help="Change a field, such as plan.expert=4; repeatable."),
     ] = None,
-    coordinator: Annotated[
-        str | None, typer.Option(metavar="HOST:PORT", help="Where several processes meet; process 0 listens there.")
-    ] = None,
-    process: Annotated[int | None, typer.Option(min=0, metavar="I", help="Which of the processes this is.")] = None,
-    processes: Annotated[int | None, typer.Option(min=1, metavar="N", help="How many processes there are.")] = None,
+    coordinator: Coordinator = None,
+    process: Process = None,
+    processes: Processes = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Train the job for real, sharded as its plan says, and record losses, routing and checkpoints."""
-    from hw_profiles.errors import QuestionError
     from hw_profiles.loader import resolve_cluster
     from moecast.cli import _naming
     from simulator.job.load import load_job
@@ -63,44 +60,18 @@ def train(
         if cluster.chip.kind == "cpu" and devices is not None and devices != cluster.devices:
             asked = asked.model_copy(update={"cluster": {"chip": "cpu-host", "devices": devices}})
             cluster = resolve_cluster(asked.cluster)
-        address = _address(coordinator, process, processes)
-        launched = _launched(cluster)
-        count = processes or launched
+        where = place(coordinator, process, processes, cluster.chip.kind)
         if cluster.chip.kind == "cpu":
             resolve(asked, cluster)
-            if cluster.devices % count:
-                raise QuestionError(f"--processes {count}: must divide the {cluster.devices} devices")
-    if (address is not None or launched > 1) and WORKER not in os.environ:
-        raise typer.Exit(_supervise())
-    prepare(cluster, cluster.devices // count)
+            where.divides(cluster.devices)
+    if where.several and WORKER not in os.environ:
+        raise typer.Exit(supervised(sys.argv[1:], WORKER, hint="; --resume goes on"))
+    prepare(cluster, cluster.devices // where.count)
     target = out or job.parent / "runs" / asked.name
-    if WORKER not in os.environ:
+    with met(where) if WORKER in os.environ else nullcontext():
         result = _run(job, asked, cluster, target, devices, steps, resume)
-    else:
-        result = _as_worker(job, asked, cluster, target, devices, steps, resume, address, process or 0, count)
     if result is not None:
         _show(result, as_json)
-
-
-def _address(coordinator: str | None, process: int | None, processes: int | None) -> Address | None:
-    from hw_profiles.errors import QuestionError
-
-    if coordinator is None and process is None and processes is None:
-        return None
-    if coordinator is None or process is None or processes is None:
-        raise QuestionError("--coordinator, --process and --processes: go together")
-    if process >= processes:
-        raise QuestionError(f"--process {process}: must be from 0 to {processes - 1}")
-    from trainer.processes import parse_address
-
-    return parse_address(coordinator)
-
-
-def _launched(cluster: Cluster) -> int:
-    """How many of us a launcher has started: SLURM steps and Open MPI say so; a TPU pod has several hosts."""
-    told = [os.environ.get(name, "") for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")]
-    hosts = len(os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")) if cluster.chip.kind == "tpu" else 1
-    return max(hosts, *(int(n) for n in told if n.isdecimal()), 1)
 
 
 def prepare(cluster: Cluster, local: int) -> None:
@@ -205,71 +176,6 @@ def check_present(path: Path, cluster: Cluster, present: list[Any], devices: int
         f"{path}: cluster = {cluster.name}, {cluster.devices:,} devices, and here are {here}: "
         f"moecast scale {path} --devices {fits} makes a small job of it that runs here"
     )
-
-
-def _as_worker(
-    path: Path, job: Job, cluster: Cluster, out: Path, devices: int | None, steps: int | None, resume: bool,
-    address: Address | None, process: int, count: int,
-) -> Result | None:  # fmt: skip
-    """The run as one of several processes, which never waits at its end for one that has died."""
-    from hw_profiles.errors import QuestionError, WorkFailed
-    from moecast.cli import _complain
-    from moecast.progress import FAILED, INTERRUPTED
-    from trainer import processes
-
-    # gloo greets on standard output, which is for the result.
-    printed = os.dup(1)
-    os.dup2(2, 1)
-    try:
-        if address is not None:
-            processes.join(address, process, count)
-        else:
-            processes.join_recognised()
-        result = _run(path, job, cluster, out, devices, steps, resume)
-        processes.leave()
-    except QuestionError as error:
-        _complain(str(error))
-        _end(2)
-    except (WorkFailed, OSError) as error:
-        _complain(f"process {process}: {error}")
-        _end(FAILED)
-    except typer.Exit as leaving:
-        _end(leaving.exit_code)
-    except KeyboardInterrupt:
-        _end(INTERRUPTED)
-    os.dup2(printed, 1)
-    return result
-
-
-def _end(code: int) -> NoReturn:
-    """End now: JAX's own way out waits for the other processes."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
-def _supervise() -> int:
-    """Run this command in a worker and give its exit code.
-
-    When another process of the run dies, JAX may end this one's worker with a signal; only its parent can still say so.
-    """
-    from moecast.cli import _complain
-    from moecast.progress import FAILED
-
-    environment = os.environ | {WORKER: str(os.getpid())}
-    # In a session of its own, so that Ctrl-C reaches it once, from here.
-    worker = subprocess.Popen([sys.executable, "-m", "moecast", *sys.argv[1:]], env=environment, start_new_session=True)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda received, _: worker.send_signal(received))
-    code = worker.wait()
-    if code >= 0:
-        return code
-    ended = -code
-    if ended == signal.SIGABRT:
-        _complain("another process of the run has ended or is silent: this one was ended too; --resume goes on")
-    else:
-        _complain(f"the worker was ended by signal {ended} ({signal.strsignal(ended)}); --resume goes on")
-    return FAILED
 
 
 def _show(result: Result, as_json: bool) -> None:

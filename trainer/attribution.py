@@ -188,9 +188,9 @@ def _joined(parts: Iterable[tuple[str, float, float]]) -> list[tuple[str, float,
 
 
 def _arrivals(found: Execution, program: Program) -> dict[tuple[int, int], float]:
-    """When the last member of its group arrived at each collective event, by device and event."""
+    """When the last member of its group arrived at each collective event, by device and event, all on one clock."""
     runs: dict[tuple[str, int], dict[int, Event]] = defaultdict(dict)
-    for device, events in found.devices.items():
+    for device, events in found.everywhere.items():
         seen: Counter[str] = Counter()
         for event in events:
             place = program.place(event.op)

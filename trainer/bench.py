@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from simulator.results.measurement import Measurement
-from trainer.timing import Array, Body, Say, Timer, timed
+from trainer.hosts import Hosts
+from trainer.timing import Array, Body, Say, Timer
 
 DTYPES = {"fp32": jnp.float32, "bf16": jnp.bfloat16}
 # [groups, rows, depth, columns]: dense products from one token block to a large layer, products per expert, and thin
@@ -28,11 +29,16 @@ LARGE_STREAMS = (2**26, 2**28)
 KINDS = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "permute")
 MESSAGES = (2**10, 2**14, 2**18, 2**22)
 LARGE_MESSAGES = (2**25, 2**28)
+# Between hosts only groups of one device each tell about the links alone: their sizes have to be enough for a fit.
+MORE_BETWEEN = (2**12, 2**16, 2**20)
 SMALL_IN_A_ROW, LAUNCHES = 16, 50
 
 
 def bench(timer: Timer, dtypes: Sequence[str], *, large: bool, say: Say) -> list[Measurement]:
-    """All benchmarks; `large` adds the sizes that fill an accelerator. `say` is told what runs."""
+    """All benchmarks; `large` adds the sizes that fill an accelerator. `say` is told what runs.
+
+    Of several processes each runs all of it, and the rows of process 0 are those of all.
+    """
     out = []
     for name in dtypes:
         for shape in PRODUCTS + (LARGE_PRODUCTS if large else ()):
@@ -43,30 +49,42 @@ def bench(timer: Timer, dtypes: Sequence[str], *, large: bool, say: Say) -> list
         out.append(_stream(timer, size))
     say("launches")
     out += _launches(timer)
-    for size, stride in groups(timer.count):
+    for size, stride in groups(timer.hosts):
         for kind in KINDS:
-            for bytes_ in MESSAGES + (LARGE_MESSAGES if large else ()):
+            for bytes_ in messages(timer.hosts, size, stride, large=large):
                 say(f"{kind} of {bytes_:,} bytes over {size}, {stride} apart")
                 out.append(_collective(timer.grouped(size, stride), kind, size, stride, bytes_))
     return out
 
 
-def count(devices: int, dtypes: Sequence[str], *, large: bool) -> int:
+def count(hosts: Hosts, dtypes: Sequence[str], *, large: bool) -> int:
     """How many benchmarks `bench` runs."""
     products = len(PRODUCTS) + (len(LARGE_PRODUCTS) if large else 0)
-    messages = len(MESSAGES) + (len(LARGE_MESSAGES) if large else 0)
     streams = len(STREAMS) + (len(LARGE_STREAMS) if large else 0)
-    return len(dtypes) * products + streams + 1 + len(list(groups(devices))) * len(KINDS) * messages
+    sizes = sum(len(messages(hosts, *group, large=large)) for group in groups(hosts))
+    return len(dtypes) * products + streams + 1 + len(KINDS) * sizes
 
 
-def groups(devices: int) -> Iterator[tuple[int, int]]:
-    """(size, stride) of the groups to measure: all devices, then halves of them as neighbours and as far apart."""
-    size = devices
+def messages(hosts: Hosts, size: int, stride: int, *, large: bool) -> tuple[int, ...]:
+    """Bytes of the messages to measure in groups of `size` that are `stride` apart."""
+    more = MORE_BETWEEN if hosts.nodes > 1 and size <= hosts.nodes and stride % hosts.local == 0 else ()
+    return tuple(sorted(MESSAGES + more)) + (LARGE_MESSAGES if large else ())
+
+
+def groups(hosts: Hosts) -> list[tuple[int, int]]:
+    """(size, stride) of the groups to measure: all devices, then halves of them as neighbours and as far apart.
+
+    Of several nodes also each alone, and one device of each together.
+    """
+    out, size = [], hosts.devices
     while size > 1:
-        yield size, 1
-        if size < devices:
-            yield size, devices // size
+        out.append((size, 1))
+        if size < hosts.devices:
+            out.append((size, hosts.devices // size))
         size = size // 2 if size % 2 == 0 else 1
+    if hosts.nodes > 1:
+        out += [g for g in ((hosts.local, 1), (hosts.nodes, hosts.local)) if g[0] > 1 and g not in out]
+    return out
 
 
 def _product(timer: Timer, dtype: str, shape: tuple[int, int, int, int]) -> Measurement:
@@ -89,7 +107,8 @@ def _product(timer: Timer, dtype: str, shape: tuple[int, int, int, int]) -> Meas
 def _stream(timer: Timer, size: int) -> Measurement:
     """Read and written once: XLA makes one pass of a multiplication and an addition."""
     seconds = timer.seconds(lambda y: y * 0.5 + 0.5, timer.ones((size // 4,), jnp.float32))
-    return timer.row("kernel", "stream", seconds, f"stream.{size}", shape=(size // 4,), dtype="fp32", bytes=2.0 * size)
+    more = {"shape": (size // 4,), "dtype": "fp32", "bytes": 2.0 * size}
+    return timer.row("kernel", "stream", seconds, f"stream.{size}", **more)
 
 
 def _launches(timer: Timer) -> list[Measurement]:
@@ -97,7 +116,7 @@ def _launches(timer: Timer) -> list[Measurement]:
     x = timer.ones((16,), jnp.float32)
     program = timer.program(lambda y: y + 1.0)
     jax.block_until_ready(program(x, 1))
-    whole = [timed(program, x, 1) for _ in range(LAUNCHES)]
+    whole = timer.each(program, x, 1, times=LAUNCHES)
     tiny = timer.ones((8, 8), jnp.float32)
     small = [s / SMALL_IN_A_ROW for s in timer.seconds(_small_ones, tiny)]
     return [
@@ -119,7 +138,8 @@ def _collective(timer: Timer, kind: str, size: int, stride: int, bytes_: int) ->
     elements = max(size, bytes_ // 4 // size * size)
     seconds = timer.seconds(collective_body(kind, size), timer.ones((elements,), jnp.float32))
     key = f"{kind}.{size}x{stride}.{bytes_}"
-    more = {"dtype": "fp32", "bytes": elements * 4.0, "group_size": size, "stride": stride}
+    level = timer.hosts.level(size, stride)
+    more = {"dtype": "fp32", "bytes": elements * 4.0, "group_size": size, "stride": stride, "level": level}
     return timer.row("collective", kind, seconds, key, **more)
 
 

@@ -22,7 +22,7 @@ from hw_profiles.loader import load_chip
 from simulator.results.measurement import Measurement
 from trainer.bench import DTYPES, KINDS, LARGE_PRODUCTS, LARGE_STREAMS, PRODUCTS, STREAMS, collective_body
 from trainer.hlo_text import HloError, Module, parse_module
-from trainer.measure import today
+from trainer.measured import today
 from trainer.targets import Target
 from trainer.timing import Array, Say
 

@@ -26,6 +26,9 @@ LEAVE_S = 30
 FAILED = 4
 LOOPBACK = "127.0.0.1"
 STOP_KEY = "moecast/stop"
+# From a parent: the number of an open file, a colon, the parent's process number; and how much of the file is used.
+WAITS = "MOECAST_WAITS"
+WAITS_BYTES = 400
 # Steps from one process's dispatch that the others cannot have passed: each fetches step n - 1 before dispatching
 # n + 1, and that one needs everybody's part.
 LEAD_STEPS = 4
@@ -66,10 +69,11 @@ def join(address: Address, process: int, processes: int, heartbeat_s: int = HEAR
     # The service of preemption notices would take SIGTERM, which here means: save and stop.
     jax.config.update("jax_enable_preemption_service", False)
     try:
-        jax.distributed.initialize(
-            where, processes, process, coordinator_bind_address=where, cluster_detection_method="deactivate",
-            initialization_timeout=JOIN_S, heartbeat_timeout_seconds=heartbeat_s, shutdown_timeout_seconds=LEAVE_S,
-        )  # fmt: skip
+        with _meeting(f"the {processes} processes to meet at {where}"):
+            jax.distributed.initialize(
+                where, processes, process, coordinator_bind_address=where, cluster_detection_method="deactivate",
+                initialization_timeout=JOIN_S, heartbeat_timeout_seconds=heartbeat_s, shutdown_timeout_seconds=LEAVE_S,
+            )  # fmt: skip
     except (RuntimeError, ValueError) as error:
         raise WorkFailed(
             f"process {process} of {processes}: the others were not met at {where} within {JOIN_S} s: {short(error)}"
@@ -84,13 +88,25 @@ def join_recognised() -> None:
 
     jax.config.update("jax_enable_preemption_service", False)
     try:
-        jax.distributed.initialize(
-            initialization_timeout=JOIN_S, heartbeat_timeout_seconds=HEARTBEAT_S, shutdown_timeout_seconds=LEAVE_S
-        )
+        with _meeting("the other processes to come"):
+            jax.distributed.initialize(
+                initialization_timeout=JOIN_S, heartbeat_timeout_seconds=HEARTBEAT_S, shutdown_timeout_seconds=LEAVE_S
+            )
     except ValueError:
         return  # JAX knows of no cluster here: one process
     except RuntimeError as error:
         raise WorkFailed(f"the other processes were not met within {JOIN_S} s: {short(error)}") from None
+
+
+@contextmanager
+def _meeting(what: str) -> Iterator[None]:
+    """Within, `JOIN_S` seconds may pass: JAX's own end is later and says nothing of it."""
+    watch = Watch()
+    try:
+        with watch.waiting(what, JOIN_S):
+            yield
+    finally:
+        watch.close()
 
 
 def _collectives_on_loopback() -> None:
@@ -163,6 +179,21 @@ def agree(number: int) -> int:
     return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
 
+@contextmanager
+def working(what: str) -> Iterator[None]:
+    """Errors of JAX within as WorkFailed, one line that begins with `what`."""
+    import jax
+
+    try:
+        yield
+    except (QuestionError, WorkFailed):
+        raise
+    except (jax.errors.JaxRuntimeError, RuntimeError, ValueError) as error:
+        if jax.process_count() > 1:
+            raise WorkFailed(f"{what}: another process has ended or cannot be reached: {short(error)}") from None
+        raise WorkFailed(f"{what}: {short(error)}") from None
+
+
 def give_up(text: str) -> NoReturn:
     """End this process now, from whatever thread, with one line and exit code 4."""
     sys.stderr.write(f"\nmoecast: {text}\n")
@@ -171,11 +202,17 @@ def give_up(text: str) -> NoReturn:
 
 
 class Watch:
-    """Ends the process when a wait takes longer than it may: waits inside of JAX cannot be interrupted otherwise."""
+    """Ends the process when a wait takes longer than it may: waits inside of JAX cannot be interrupted otherwise.
+
+    What is being waited for is written to the file that `WAITS` names, for a parent to say it if JAX ends the process.
+    """
 
     def __init__(self, parent: int | None = None) -> None:
-        self._waits: dict[int, tuple[float, str]] = {}
+        self._waits: dict[int, tuple[float, float, str]] = {}
         self._parent = parent
+        # The file is open in a child of that parent only.
+        file, _, whose = os.environ.get(WAITS, "").partition(":")
+        self._told = int(file) if whose == str(os.getppid()) else None
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._look, name="watch", daemon=True)
         self._thread.start()
@@ -184,7 +221,7 @@ class Watch:
     def waiting(self, what: str, limit_s: float) -> Iterator[None]:
         """Within, at most `limit_s` seconds may pass; else the process ends with a line that names `what`."""
         key = object()
-        self._waits[id(key)] = (time.monotonic() + limit_s, f"waited {limit_s:.0f} s for {what}: gave up")
+        self._waits[id(key)] = (time.monotonic(), limit_s, what)
         try:
             yield
         finally:
@@ -198,9 +235,14 @@ class Watch:
     def _look(self) -> None:
         while not self._ended.wait(0.5):
             now = time.monotonic()
-            for until, text in list(self._waits.values()):
-                if now > until:
-                    give_up(text)
+            waits = list(self._waits.values())
+            for begun, limit_s, what in waits:
+                if now > begun + limit_s:
+                    give_up(f"waited {limit_s:.0f} s for {what}: gave up")
+            if self._told is not None:
+                said = [f"it had waited {now - begun:.0f} s for {what}" for begun, _, what in waits]
+                # Of fixed length, so that nothing of a longer one is left.
+                os.pwrite(self._told, "; ".join(said).encode()[:WAITS_BYTES].ljust(WAITS_BYTES), 0)
             # A worker whose supervisor was killed would go on unseen.
             if self._parent is not None and os.getppid() != self._parent:
                 give_up("the process that started this one is gone")

@@ -22,7 +22,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from hw_profiles.errors import Interrupted, QuestionError, WorkFailed
+from hw_profiles.errors import Interrupted, WorkFailed
 from hw_profiles.files import inside, write_whole
 from hw_profiles.loader import resolve_cluster
 from simulator.job.rules import resolve
@@ -31,7 +31,7 @@ from trainer.checkpoint import Checkpoints, Manifest, all_finite, restore_parame
 from trainer.data import Batches, Entropies, corpus_entropies
 from trainer.folder import check_folder, claimed
 from trainer.metrics import MetricsFile, not_finite, read_lines, step_record
-from trainer.processes import StopSignal, Watch, agree, short
+from trainer.processes import StopSignal, Watch, agree, working
 from trainer.report import LAST_STEPS, Progress, Result, summarised
 from trainer.step import State, Trainer
 from trainer.telemetry import Telemetry, layer_numbers, seen_layers, summary
@@ -82,19 +82,6 @@ def run(
         return _Run(job, folder, out, trainer, batches, watch, progress, steps or job.training.run.steps).go(existing)
 
 
-@contextlib.contextmanager
-def _working(what: str) -> Iterator[None]:
-    """Errors of JAX within as WorkFailed, one line that begins with `what`."""
-    try:
-        yield
-    except (QuestionError, WorkFailed):
-        raise
-    except (jax.errors.JaxRuntimeError, RuntimeError, ValueError) as error:
-        if jax.process_count() > 1:
-            raise WorkFailed(f"{what}: another process has ended or cannot be reached: {short(error)}") from None
-        raise WorkFailed(f"{what}: {short(error)}") from None
-
-
 class _Run:
     """The state of one run in one process."""
 
@@ -128,7 +115,7 @@ class _Run:
         failed = True
         try:
             found = self.checkpoints.newest(self._say) if existing else None
-            with _working("the first state"), self.watch.waiting("the first state", COMPILE_S):
+            with working("the first state"), self.watch.waiting("the first state", COMPILE_S):
                 state = self._first_state(found)
             done = found.step if found else 0
             self._open_files(done, existing)
@@ -180,7 +167,7 @@ class _Run:
 
     def _compiled(self, state: State) -> Any:
         begun = time.monotonic()
-        with _working("compiling the step"), self.watch.waiting("the step to be compiled", COMPILE_S):
+        with working("compiling the step"), self.watch.waiting("the step to be compiled", COMPILE_S):
             step = self.trainer.step.lower(state, self.shapes).compile()
         self.compile_s = time.monotonic() - begun
         return step
@@ -213,14 +200,14 @@ class _Run:
         self.last_time = time.monotonic()
         pending: tuple[int, Any] | None = None
         while done < self.total:
-            with _working(f"step {done + 1}"), self.watch.waiting(f"step {done + 1} to begin", self._patience()):
+            with working(f"step {done + 1}"), self.watch.waiting(f"step {done + 1} to begin", self._patience()):
                 state, metrics = step(state, placed(self.shapes, self.rows, next(self.batches)))
             done += 1
             if pending is not None:
                 self._write(self._fetched(*pending))
             pending = (done, metrics)
             if self.in_turn:
-                with _working(f"step {done}"), self.watch.waiting(f"step {done} to end", self._patience()):
+                with working(f"step {done}"), self.watch.waiting(f"step {done} to end", self._patience()):
                     jax.block_until_ready((state, metrics))
             self.checkpoints.check()
             stopping, last = self.stop.due(done), done == self.total
@@ -246,7 +233,7 @@ class _Run:
 
     def _fetched(self, done: int, metrics: Any) -> dict[str, Any]:
         """The line of step `done` once it has run; WorkFailed where a loss is not finite."""
-        with _working(f"step {done}"), self.watch.waiting(f"step {done} to end", self._patience()):
+        with working(f"step {done}"), self.watch.waiting(f"step {done} to end", self._patience()):
             values = jax.device_get(metrics)
         now = time.monotonic()
         seconds, self.last_time = now - self.last_time, now
@@ -283,7 +270,7 @@ class _Run:
         try:
             for _ in range(self.job.training.run.evaluation_batches):
                 what = f"the evaluation after step {done}"
-                with _working(what), self.watch.waiting(what, COMPILE_S):
+                with working(what), self.watch.waiting(what, COMPILE_S):
                     seen = jax.device_get(
                         self.trainer.evaluate(state.params, placed(self.shapes, self.rows, next(batches)))
                     )
@@ -297,7 +284,7 @@ class _Run:
         return nats
 
     def _save(self, state: State, done: int) -> None:
-        with _working(f"step {done}"), self.watch.waiting(f"the state of step {done}", COMPILE_S):
+        with working(f"step {done}"), self.watch.waiting(f"the state of step {done}", COMPILE_S):
             good = bool(np.asarray(self.finite(state)))
         if not good:
             self._fail(f"step {done}: a parameter or a moment is not finite")

@@ -1,13 +1,14 @@
 """Times what all devices do at once: a jitted program that repeats one thing until its launch is drowned.
 
-Every benchmark runs on all devices at the same time, as a training step does: what shares cores or memory shows.
+Every benchmark runs on all devices at the same time, as a training step does: what shares cores or memory shows. All
+processes begin each timing together, and it lasts until the slowest has ended.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -16,7 +17,9 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from simulator.results.measurement import Measurement
-from trainer.measure import software, today
+from trainer.hosts import Hosts
+from trainer.measured import software, today
+from trainer.others import Others
 from trainer.processes import agree
 
 Array = Any
@@ -27,21 +30,23 @@ FEW, MOST_REPEATS = 4, 20_000
 
 @dataclass(frozen=True)
 class Timer:
-    """A mesh of all devices, the chip they are of, and the seconds that all samples of one timing may take."""
+    """A mesh of all devices, the chip they are of, the seconds of all samples of one timing; processes and hosts."""
 
     mesh: Any
     chip: str
     budget_s: float
+    others: Others
+    hosts: Hosts
     samples: int = 7
 
     @classmethod
-    def of(cls, devices: Sequence[Any], chip: str, budget_s: float) -> Timer:
+    def of(cls, devices: Sequence[Any], chip: str, budget_s: float, others: Others, hosts: Hosts) -> Timer:
         """All devices in one group."""
-        return cls(_mesh(devices, len(devices), 1), chip, budget_s)
+        return cls(_mesh(devices, len(devices), 1), chip, budget_s, others, hosts)
 
     def grouped(self, size: int, stride: int) -> Timer:
         """The same devices, in groups of `size` that are `stride` apart (the mesh's axis `group`)."""
-        return Timer(_mesh(self.mesh.devices.ravel(), size, stride), self.chip, self.budget_s, self.samples)
+        return replace(self, mesh=_mesh(self.mesh.devices.ravel(), size, stride))
 
     @property
     def count(self) -> int:
@@ -50,8 +55,9 @@ class Timer:
 
     def ones(self, shape: Sequence[int], dtype: Any) -> Array:
         """Ones, a part of `shape` on every device, joined along the first dimension."""
-        whole = np.ones((shape[0] * self.count, *shape[1:]), dtype)
-        return jax.device_put(whole, NamedSharding(self.mesh, self._spec))
+        whole = (shape[0] * self.count, *shape[1:])
+        part = np.ones(tuple(shape), dtype)
+        return jax.make_array_from_callback(whole, NamedSharding(self.mesh, self._spec), lambda _: part)
 
     def seconds(self, body: Body, x: Array) -> list[float]:
         """Seconds of one `body` (from a device's part of `x` to the like) in each sample.
@@ -59,11 +65,21 @@ class Timer:
         The data passes from one repeat to the next, so that XLA can leave none out.
         """
         program = self.program(body)
-        jax.block_until_ready(program(x, FEW))
-        each = min(timed(program, x, FEW) for _ in range(3)) / FEW
+        with self.others.working("a benchmark, compiled and run once"):
+            jax.block_until_ready(program(x, FEW))
+        each = min(self.each(program, x, FEW, times=3)) / FEW
         # Processes that repeat a collective unequally often would wait for each other for ever.
         repeats = agree(int(np.clip(self.budget_s / self.samples / max(each, 1e-7), FEW, MOST_REPEATS)))
-        return [timed(program, x, repeats) / repeats for _ in range(self.samples)]
+        return [s / repeats for s in self.each(program, x, repeats, times=self.samples)]
+
+    def each(self, program: Any, x: Array, repeats: int, *, times: int) -> list[float]:
+        """Seconds of each of `times` calls of `program`, begun by all processes together, of the slowest."""
+        out = []
+        for _ in range(times):
+            self.others.barrier("a benchmark to begin")
+            with self.others.working("a benchmark"):
+                out.append(timed(program, x, repeats))
+        return self.others.slowest(out, "seconds of a benchmark")
 
     def program(self, body: Body) -> Any:
         """`body` on every device, as often as the second argument says: one program for any number of repeats."""
@@ -80,7 +96,8 @@ class Timer:
         return Measurement(
             id=f"bench:{self.count}:{key}", source="moecast bench", date=today(), chip=self.chip,
             software=software(), kind=kind, name=name, seconds=middle, p10_s=low, p90_s=high,
-            samples=len(seconds), devices=self.count, **more,
+            samples=len(seconds), devices=self.count, note=self.hosts.note(kind),
+            nodes=self.hosts.nodes if kind == "collective" else self.hosts.machines, **more,
         )  # fmt: skip
 
     @property

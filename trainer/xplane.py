@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,19 +31,30 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class Execution:
-    """One execution of a program: the events of each device, in order of their start."""
+    """One execution of a program: the events of each device, in order of their start.
+
+    `others` are devices of other processes, of which a trace has nothing: an outline of theirs, on this clock
+    (`trainer/clocks.py`). `began_ns` is when the trace began by the host's clock, since 1970; 0 where it does not say.
+    """
 
     run: int
     devices: Mapping[int, tuple[Event, ...]]
+    others: Mapping[int, tuple[Event, ...]] = field(default_factory=dict)
+    began_ns: int = 0
+
+    @property
+    def everywhere(self) -> Mapping[int, tuple[Event, ...]]:
+        """What is known of all devices."""
+        return {**self.devices, **self.others}
 
     @property
     def start_ns(self) -> float:
         """When the first device began."""
-        return min(events[0].start_ns for events in self.devices.values())
+        return min(events[0].start_ns for events in self.everywhere.values())
 
     def window_ns(self, device: int) -> tuple[float, float]:
         """From the first event of a device to its last."""
-        events = self.devices[device]
+        events = self.devices.get(device) or self.others[device]
         return events[0].start_ns, max(e.end_ns for e in events)
 
 
@@ -73,7 +84,8 @@ def read_trace(path: Path, module: str) -> tuple[Execution, ...]:
     out = executions(_events(planes), module)
     if not out:
         raise QuestionError(f"{path}: holds no run of the program {module}: is it the trace of another job?")
-    return out
+    began_ns = next((int(v) for p in planes for k, v in p.stats if k == "profile_start_time"), 0)
+    return tuple(replace(one, began_ns=began_ns) for one in out)
 
 
 def _events(planes: Iterable[Any]) -> Iterable[tuple[str, int, int, Event]]:
@@ -111,7 +123,7 @@ def check_clocks(found: Execution, where: str) -> None:
 
     Collectives make all devices of a step wait for each other, so that their windows must overlap.
     """
-    windows = {d: found.window_ns(d) for d in found.devices}
+    windows = {d: found.window_ns(d) for d in found.everywhere}
     first = max(windows, key=lambda d: windows[d][0])
     last = min(windows, key=lambda d: windows[d][1])
     apart = windows[first][0] - windows[last][1]

@@ -9,37 +9,23 @@ from pathlib import Path
 from statistics import median
 
 from simulator.calibration.tables import read_table
-from simulator.results.measurement import NETWORK, Measurement, MeasurementTable
+from simulator.results.measurement import Measurement, MeasurementTable
 
 # A host is slow where the quicker of its pairs takes this many times what the median host's does.
 SLOW = 1.5
 
 
 def joined(paths: Sequence[Path], name: str) -> MeasurementTable:
-    """One table of all hosts' rows.
-
-    A step, and a collective, is one row. Of a step it is the median host. A collective within a step is timed on each
-    host from when that host is ready, so that the quickest row waited least for others: it is the collective, and what
-    the others took longer was waiting, which their rows of ops say.
-    """
+    """One table of all hosts' rows of collectives alone: each is one row, of the median host."""
     tables = [read_table(path) for path in paths]
     jobs = {key: job for t in tables for key, job in t.jobs.items()}
     together: dict[str, list[Measurement]] = defaultdict(list)
     for table in tables:
         for row in table.rows:
             together[row.id.rpartition("@")[0]].append(row)
-    out: list[Measurement] = []
+    out = []
     for key, rows in together.items():
-        seconds = [r.seconds or 0.0 for r in rows]
-        if rows[0].kind == "op":
-            least = min(seconds)
-            out += [
-                replace(r, note=f"waited {s - least:.9f} s of it for other devices") if r.level == NETWORK else r
-                for r, s in zip(rows, seconds, strict=True)
-            ]
-            continue
-        alone = rows[0].kind == "collective" and rows[0].level
-        wanted = min(seconds) if rows[0].kind == "collective" and not alone else median(seconds)
+        wanted = median(r.seconds or 0.0 for r in rows)
         row = min(rows, key=lambda r: abs((r.seconds or 0.0) - wanted))
         out.append(replace(row, id=key, device=None))
     return MeasurementTable(tuple(out), jobs, {}, name)

@@ -15,15 +15,19 @@ import traceback
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hw_profiles.loader import resolve_cluster
+from hw_profiles.loader import load_chip, resolve_cluster
 from simulator.calibration.tables import write_table
 from simulator.job.job import Job
 from simulator.job.load import load_job
 from simulator.results.measurement import Measurement, MeasurementTable
+
+if TYPE_CHECKING:
+    from trainer.hosts import Hosts
+    from trainer.others import Others
 
 # The longest that a request may take; the run's own bound on an answer is shorter.
 LONGEST_S = 600.0
@@ -43,7 +47,9 @@ def main(process: int, processes: int, coordinator: str) -> None:
     watch = others.Watch(os.getppid())
     try:
         others.join(others.parse_address(coordinator), process, processes, SILENT_S)
-        host = _Host(process)
+        from trainer.others import Others
+
+        host = _Host(process, Others(watch))
         for line in sys.stdin:
             with watch.waiting("a measurement with the other hosts", LONGEST_S):
                 answer = host.serve(json.loads(line))
@@ -62,15 +68,15 @@ def _say(text: str) -> None:
 class _Host:
     """The jobs and collectives that this process has compiled."""
 
-    def __init__(self, process: int) -> None:
-        self.process = process
+    def __init__(self, process: int, others: Others) -> None:
+        self.process, self.others = process, others
         self._ready: dict[str, Any] = {}
         self._serves: dict[str, Callable[[dict[str, Any], Job], tuple[Measurement, ...]]] = {
             "collectives": self._collectives, "steps": self._steps,
         }  # fmt: skip
 
     def serve(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Measure, write the table, and say how many rows it has."""
+        """Measure, write the table, and say how many rows it has; of steps the first host has the rows of all."""
         job = load_job(request["job"])
         rows = self._serves[request["do"]](request, job)
         jobs = {job.hash: job.model_dump(mode="json")}
@@ -85,55 +91,53 @@ class _Host:
         # A job on other links is the same program.
         if job.name not in self._ready:
             _say(f"{job.name}: compiling")
-            self._ready[job.name] = Ready(Asked(job, Path.cwd()), jax.devices()).compile()
+            self._ready[job.name] = Ready(Asked(job, Path.cwd()), jax.devices(), self.others).compile()
         _say(f"{job.name}: measuring {request['case']}")
         ready = self._ready[job.name]
-        found = ready.measured(ready.sample(request["steps"], request["traced"]), request["case"], job)
-        return tuple(_of_host(row, self.process) for row in found.rows)
+        rows: tuple[Measurement, ...] = ready.measured(
+            ready.sample(request["steps"], request["traced"]), request["case"], job
+        ).rows
+        return rows
 
     def _collectives(self, request: dict[str, Any], job: Job) -> tuple[Measurement, ...]:
         import jax
 
-        from trainer.measure import software, today
+        from trainer.hosts import hosts_of
+        from trainer.measured import software, today
         from trainer.timing import timed
 
         devices = tuple(jax.devices())
+        hosts = hosts_of(self.others, load_chip("cpu-host"), len(devices))
         common: dict[str, Any] = {
             "source": "netlab", "date": today(), "chip": "cpu-host", "software": software(), "kind": "collective",
-            "dtype": "fp32", "level": resolve_cluster(job.cluster).levels[-1].name, "devices": len(devices),
-            "job_hash": job.hash,
+            "dtype": "fp32", "devices": len(devices), "nodes": hosts.nodes, "job_hash": job.hash,
         }  # fmt: skip
         out = []
         for kind, size, stride, size_bytes, repeats in request["list"]:
-            run, x, exact = _program(devices, kind, size, stride, size_bytes)
+            run, x, exact = _program(devices, hosts, self.others, kind, size, stride, size_bytes)
             seconds = [timed(run, x, np.int32(repeats)) / repeats for _ in range(request["samples"] + 1)][1:]
             low, middle, high = (float(q) for q in np.quantile(seconds, (0.1, 0.5, 0.9)))
             out.append(
                 Measurement(
-                    id=f"bench#{request['case']}:{kind}.{size}x{stride}.{size_bytes}", name=kind, seconds=middle,
-                    p10_s=low, p90_s=high, samples=len(seconds), bytes=exact, group_size=size, stride=stride, **common,
+                    id=f"bench#{request['case']}:{kind}.{size}x{stride}.{size_bytes}@{self.process}", name=kind,
+                    seconds=middle, p10_s=low, p90_s=high, samples=len(seconds), bytes=exact, group_size=size,
+                    stride=stride, level=hosts.level(size, stride), device=self.process, **common,
                 )
             )  # fmt: skip
-        return tuple(_of_host(row, self.process) for row in out)
-
-
-def _of_host(row: Measurement, process: int) -> Measurement:
-    """The row of this host: its id and its device say so."""
-    from dataclasses import replace
-
-    name, _, what = row.id.partition(":")
-    return replace(row, id=f"{name}:{what.removesuffix(f'@{process}')}@{process}", device=process)
+        return tuple(out)
 
 
 @cache
-def _program(devices: tuple[Any, ...], kind: str, size: int, stride: int, size_bytes: int) -> tuple[Any, Any, float]:
+def _program(
+    devices: tuple[Any, ...], hosts: Hosts, others: Others, kind: str, size: int, stride: int, size_bytes: int
+) -> tuple[Any, Any, float]:
     """A collective repeated as often as its second argument says, its input, and its exact bytes."""
     import jax.numpy as jnp
 
     from trainer.bench import collective_body
     from trainer.timing import Timer
 
-    timer = Timer.of(devices, "cpu-host", 0.0).grouped(size, stride)
+    timer = Timer.of(devices, "cpu-host", 0.0, others, hosts).grouped(size, stride)
     elements = max(size, size_bytes // 4 // size * size)
     return timer.program(collective_body(kind, size)), timer.ones((elements,), jnp.float32), elements * 4.0
 

@@ -13,6 +13,7 @@ from importlib.metadata import version
 from statistics import median
 
 from hw_profiles.cluster import Cluster
+from hw_profiles.cluster_spec import plain_spec
 from hw_profiles.errors import QuestionError
 from hw_profiles.loader import SCALE_OUT_NAMES, resolve_cluster
 from hw_profiles.schema import Calibration, Chip, FittedTable, OpClass, Sharing, StepSpread
@@ -116,17 +117,20 @@ def _provenance(tables: Sequence[MeasurementTable]) -> tuple[str, str]:
 
 
 def _timed(kernels: Sequence[Measurement], jobs: Sequence[Observed], chip: Chip) -> list[Timed]:
-    """Collectives of one host alone, and those of steps."""
-    out = [
-        Timed(r.name, r.group_size, r.bytes or 0.0, r.seconds or 0.0, r.devices, False)
-        for r in kernels
-        if r.kind == "collective" and r.bytes and r.seconds
-    ]
+    """Collectives alone, within a host or between all of its hosts, and those of steps."""
+    out = []
+    for r in kernels:
+        if r.kind == "collective" and r.bytes and r.seconds:
+            alone = resolve_cluster(plain_spec(chip, r.devices, r.nodes), chip=chip) if r.nodes > 1 else None
+            card = card_rate(alone, r.group_size, r.stride) if alone else 0.0
+            if card is not None:
+                at_once = r.devices_per_node if card == 0 else r.devices
+                out.append(Timed(r.name, r.group_size, r.bytes, r.seconds, at_once, False, card_bytes_per_s=card))
     for o in jobs:
         cluster = resolve_cluster(o.job.cluster, chip=chip)
         for s in o.collectives:
             card = card_rate(cluster, s.size, s.stride)
-            # Between hosts a trace does not show who came last: those of steps have waiting in them.
+            # Between hosts a trace of one process does not show who came last: those of steps may have waiting in them.
             if s.bytes > 0 and card == 0:
                 weight = s.seconds * s.samples
                 out.append(Timed(s.kind, s.size, s.bytes, s.seconds, o.devices, True, weight, arrays=s.arrays))
@@ -136,7 +140,8 @@ def _timed(kernels: Sequence[Measurement], jobs: Sequence[Observed], chip: Chip)
 def _less_network(seen: Observed, chip: Chip) -> Observed:
     """A job over several hosts with the rest of its step, once its collectives alone are taken off, as its compute.
 
-    No trace shows what of a collective between hosts was waiting; it goes with the compute that made them late.
+    A trace of one process does not show what of a collective between hosts was waiting; it goes with the compute that
+    made them late.
     """
     if resolve_cluster(seen.job.cluster).levels[-1].name not in SCALE_OUT_NAMES.values():
         return seen

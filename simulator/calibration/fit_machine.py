@@ -27,8 +27,8 @@ FEWEST = 3
 
 
 def base_devices(rows: Sequence[Measurement]) -> int:
-    """Devices at work in the benchmarks that the profile's own numbers are fitted on."""
-    counts = sorted({r.devices for r in rows})
+    """Devices of a host at work in the benchmarks that the profile's own numbers are fitted on."""
+    counts = sorted({r.devices_per_node for r in rows})
     several = [n for n in counts if n > 1]
     return (several or counts)[0]
 
@@ -41,7 +41,7 @@ def fit_machine(chip: Chip, rows: Sequence[Measurement]) -> tuple[Chip, list[str
     if not rows:
         return chip, []
     base = base_devices(rows)
-    own = [r for r in rows if r.devices == base]
+    own = [r for r in rows if r.devices_per_node == base]
     notes: list[str] = []
     for dtype in sorted({r.dtype for r in own if r.flops}):
         chip = _matmul(chip, dtype, [r for r in own if r.dtype == dtype and r.flops], notes)
@@ -193,17 +193,17 @@ def _efficiency(chip: Chip, **changes: object) -> Chip:
 def fit_sharing(rows: Sequence[Measurement]) -> tuple[Sharing, ...]:
     """What each number of devices at work costs over the base: medians over equal benchmarks."""
     kernels = [r for r in rows if r.kind == "kernel"]
-    counts = sorted({r.devices for r in kernels})
+    counts = sorted({r.devices_per_node for r in kernels})
     if len(counts) < 2:
         return ()
     base = base_devices(kernels)
-    own = {_key(r): r for r in rows if r.devices == base}
+    own = {_key(r): r for r in rows if r.devices_per_node == base}
 
     def ratio(count: int, wanted: str) -> float:
         found = [
             (r.seconds or 0.0) / (own[_key(r)].seconds or 1.0)
             for r in rows
-            if r.devices == count and _key(r) in own and _part(r) == wanted
+            if r.devices_per_node == count and _key(r) in own and _part(r) == wanted
         ]
         return median(found) if found else 1.0
 

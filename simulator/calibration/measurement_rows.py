@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from hw_profiles.cluster_spec import plain_spec
 from hw_profiles.errors import QuestionError
 from hw_profiles.loader import canonical_chip_name, load_chip, resolve_cluster
 from hw_profiles.schema import Chip
@@ -263,16 +264,5 @@ def _kernel_op(row: Measurement) -> Op:
 
 
 def _cluster(row: Measurement, chip: Chip) -> dict[str, Any]:
-    """The cluster of a collective without a job: as many devices as were at work, in whole nodes or one host."""
-    devices = max(row.devices, row.group_size * row.stride)
-    if chip.kind == "cpu":
-        return {"chip": chip.name, "devices": devices}
-    if chip.kind == "tpu":
-        raise QuestionError("TPU: the shape of the slice is not stated")
-    per_node = chip.chips_per_host
-    if chip.scale_up.chips_per_domain and chip.scale_up.chips_per_domain > per_node:
-        domain = chip.scale_up.chips_per_domain
-        return {"chip": chip.name, "racks": -(-devices // domain), "devices_per_domain": min(devices, domain)}
-    if devices > per_node and devices % per_node:
-        raise QuestionError(f"devices = {devices}: no whole nodes of {per_node}")
-    return {"chip": chip.name, "nodes": max(1, devices // per_node), "chips_per_node": min(devices, per_node)}
+    """The cluster of a collective without a job: as many devices as were at work."""
+    return plain_spec(chip, max(row.devices, row.group_size * row.stride), row.nodes)

@@ -24,7 +24,7 @@ MAX_BYTES = 200_000_000
 MAX_ROWS = 5_000_000
 NAMES = tuple(f.name for f in fields(Measurement))
 NEEDED = ("id", "source", "date", "chip", "software", "kind", "name")
-WHOLE = ("group_size", "stride", "devices", "samples")
+WHOLE = ("group_size", "stride", "devices", "nodes", "samples")
 AT_LEAST_ZERO = ("bytes", "flops")
 _KEY = b"moecast"
 
@@ -35,8 +35,8 @@ def schema() -> Any:
     text, number, whole = pa.string(), pa.float64(), pa.int64()
     types = {
         "seconds": number, "shape": pa.list_(whole), "bytes": number, "flops": number, "calls": number,
-        "group_size": whole, "stride": whole, "devices": whole, "device": whole, "samples": whole, "p10_s": number,
-        "p90_s": number,
+        "group_size": whole, "stride": whole, "devices": whole, "nodes": whole, "device": whole, "samples": whole,
+        "p10_s": number, "p90_s": number,
     }  # fmt: skip
     return pa.schema([pa.field(name, types.get(name, text), nullable=name not in NEEDED) for name in NAMES])
 
@@ -221,4 +221,6 @@ def _row(row: dict[str, Any], where: str) -> Measurement:
     for name in WHOLE:
         if getattr(made, name) < 1:
             raise QuestionError(f"{where}: {name} = {getattr(made, name)}: must be at least 1")
+    if made.devices % made.nodes:
+        raise QuestionError(f"{where}: nodes = {made.nodes}: must divide the {made.devices} devices")
     return made

@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-# Of the schema; a table of a newer one is refused.
-VERSION = 1
+# Of the schema; a table of a newer one is refused. 2 has the column `nodes`.
+VERSION = 2
 
 # step: a whole training step. op: everything of one scope and pass in a step. kernel: one product, stream or launch of
 # a shape. collective: one call. memory: bytes, not seconds. compiler-estimate: seconds that a compiler states.
@@ -32,7 +32,8 @@ class Measurement:
     elsewhere. `bytes` of a collective are nccl-tests' size; of a `memory` row they are the result, and `seconds` is
     None. `seconds` is the `statistic` of `samples` timings, `p10_s` and `p90_s` their spread, of all `calls` in a
     step together for `op` rows. `group_size` devices take part in a collective, `stride` apart; `devices` were at
-    work at the same time. `device` is None for a statistic over all. `job_hash` names a job that the table carries.
+    work at the same time, on `nodes` hosts (of a collective alone on CPUs: in so many processes). `device` is None for
+    a statistic over all. `job_hash` names a job that the table carries.
     """
 
     id: str
@@ -53,6 +54,7 @@ class Measurement:
     stride: int = 1
     level: str = ""
     devices: int = 1
+    nodes: int = 1
     device: int | None = None
     statistic: str = "median"
     samples: int = 1
@@ -65,6 +67,11 @@ class Measurement:
     def taking(self) -> str:
         """The measurement it is part of, which its id names before a colon; a job may be measured several times."""
         return self.id.partition(":")[0] if ":" in self.id else ""
+
+    @property
+    def devices_per_node(self) -> int:
+        """Devices of one host that were at work at the same time."""
+        return self.devices // self.nodes
 
     @property
     def waited_s(self) -> float:
