@@ -148,7 +148,7 @@ def summary(before: dict[str, Any], after: dict[str, Any]) -> str:
         }
         said = ", ".join(f"{k} {statistics.median(v):.1%}" for k, v in errors.items())
         lines.append(f"steps on {devices[1:]} devices, median error: {said}")
-    lines.append(said_of("all-to-all of a step", exchanged(before), exchanged(after)))
+    lines.append(said_of("all-to-all of a step", exchanged(before), exchanged(after)) + again(after))
     for what, wanted in (("its calls", "collective"), ("peak memory", "memory")):
         kept = {"collective": "all to all", "memory": "peak"}[wanted]
         rows = [{r["id"]: r["error"] for r in d["per_row"] if (r["kind"], r["op_class"]) == (wanted, kept)}
@@ -167,15 +167,28 @@ def said_of(what: str, before: dict[str, float], after: dict[str, float]) -> str
     return f"{what}, median error: before {was:.1%}, after {now:.1%} of {len(both)}"
 
 
-def exchanged(found: dict[str, Any]) -> dict[str, float]:
-    """Error of each measurement's all-to-alls of a step, summed over scopes and devices; no waiting is in them."""
-    sums: dict[str, list[float]] = {}
+def all_to_alls(found: dict[str, Any]) -> dict[str, tuple[float, float]]:
+    """Forecast and measured seconds of each measurement's all-to-alls of a step, over scopes and devices, unwaited."""
+    sums: dict[str, tuple[float, float]] = {}
     for row in found["per_row"]:
         if (row["kind"], row["op_class"]) == ("op", "all to all"):
-            both = sums.setdefault(row["id"].partition(":")[0], [0.0, 0.0])
-            both[0] += row["forecast"]
-            both[1] += row["measured"]
-    return {name: forecast / measured - 1 for name, (forecast, measured) in sums.items()}
+            forecast, measured = sums.get(name := row["id"].partition(":")[0], (0.0, 0.0))
+            sums[name] = forecast + row["forecast"], measured + row["measured"]
+    return sums
+
+
+def exchanged(found: dict[str, Any]) -> dict[str, float]:
+    """Error of each measurement's all-to-alls of a step."""
+    return {name: forecast / measured - 1 for name, (forecast, measured) in all_to_alls(found).items()}
+
+
+def again(found: dict[str, Any]) -> str:
+    """By how much the all-to-alls of equal jobs differ."""
+    jobs: dict[str, list[float]] = {}
+    for name, (_, measured) in all_to_alls(found).items():
+        jobs.setdefault(name.partition("#")[0], []).append(measured)
+    differ = [abs(seen[-1] / seen[0] - 1) for seen in jobs.values() if len(seen) > 1]
+    return f", A/A {statistics.median(differ):.1%}" if differ else ""
 
 
 if __name__ == "__main__":

@@ -72,10 +72,11 @@ def measure(
     """Run jobs on `devices`: each in turn `steps` timed steps after a warm-up and `traced` ones under the profiler.
 
     All of that happens `rounds` times; each of these measurements is taken in `turns` parts between those of all
-    others, so that a machine whose speed drifts drifts alike for all. What is compiled is kept, the state is drawn
-    anew. `say` is told what is done, `count` times. `others` are this process and those with the other devices, of
-    which process 0 gets the rows. QuestionError for a job the trainer cannot run, or where another process was asked
-    something else; WorkFailed where a step fails, its trace cannot be matched with the program, or a process is gone.
+    others (the trace in the middle one), so that a machine whose speed drifts drifts alike for all. What is compiled is
+    kept, the state is drawn anew. `say` is told what is done, `count` times. `others` are this process and those with
+    the other devices, of which process 0 gets the rows. QuestionError for a job the trainer cannot run, or where
+    another process was asked something else; WorkFailed where a step fails, its trace cannot be matched with the
+    program, or a process is gone.
     """
     out = []
     others = others or Others()
@@ -93,7 +94,9 @@ def measure(
                 say(f"{made.job.name}: compiled")
         samples = [[Sample() for _ in ready] for _ in range(rounds)]
         for turn in range(turns):
-            timed, seen = (n // turns + (turn < n % turns) for n in (steps, traced))
+            timed = steps // turns + (turn < steps % turns)
+            # One trace: to start and end the profiler takes longer than the steps.
+            seen = traced if turn == turns // 2 else 0
             for part in range(rounds):
                 for made, sample in zip(ready, samples[part], strict=True):
                     say(f"{made.job.name}: measuring")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import datetime
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -69,7 +69,9 @@ def rows_of(
         check_clocks(seen[-1], where)
     own = [asdict(r) for r in _of_devices(maker, seen, index, program)] if seen else []
     calls = [
-        [*alike, seconds] for alike, seconds in maker.alike(c for one in seen for c in collective_calls(one, index))
+        [step, *alike, seconds]
+        for step, one in enumerate(seen)
+        for alike, seconds in maker.alike(collective_calls(one, index))
     ]
     mine = {
         "seconds": sample.seconds, "rows": own, "calls": calls, "timeline": intervals(seen[-1], index) if seen else [],
@@ -78,10 +80,10 @@ def rows_of(
     if not parts:
         return [], []
     step = [max(times) for times in zip(*(p["seconds"] for p in parts), strict=True)]
-    pooled: dict[Alike, list[float]] = defaultdict(list)
+    pooled: dict[Alike, list[list[float]]] = defaultdict(lambda: [[] for _ in seen])
     for p in parts:
-        for *alike, seconds in p["calls"]:
-            pooled[tuple(alike)] += seconds
+        for at, *alike, seconds in p["calls"]:
+            pooled[tuple(alike)][at] += seconds
     rows = [maker.step(step, others.count), *maker.memory(program)]
     rows += [Measurement(**{**row, "shape": tuple(row["shape"])}) for p in parts for row in p["rows"]]
     timeline = sorted((int(d), str(k), float(a), float(b)) for p in parts for d, k, a, b in p["timeline"])
@@ -114,8 +116,6 @@ class Rows:
 
     def _timed(self, name: str, kind: str, seconds: Sequence[float], key: str, **more: Any) -> Measurement:
         low, middle, high = (float(q) for q in np.quantile(seconds, (0.1, 0.5, 0.9)))
-        if more.get("statistic") == "mean":
-            middle = float(np.mean(seconds))
         return Measurement(
             id=f"{self.start}:{key}", kind=kind, name=name, seconds=middle, p10_s=low, p90_s=high,
             samples=len(seconds), **self.common, **more,
@@ -188,18 +188,23 @@ class Rows:
             found[c.kind.replace("-", "_"), len(group), stride, c.bytes, c.dtype, arrays].append(call.seconds)
         return list(found.items())
 
-    def collectives(self, calls: Mapping[Alike, Sequence[float]]) -> list[Measurement]:
+    def collectives(self, calls: Mapping[Alike, Sequence[Sequence[float]]]) -> list[Measurement]:
         """A row per kind, group size and bytes: seconds of one call since the last of the group arrived.
 
-        The mean, since a step has every call: where devices outnumber cores a few take most of the time. Of how many
-        arrays a call was merged is its shape.
+        `calls` are those of each step. A step's mean, since it has every call, and where devices outnumber cores a few
+        take most of the time; and of the steps the median, as of all else. Of how many arrays a call was merged is its
+        shape.
         """
         return [
-            self._timed(
-                kind, "collective", seconds, f"{kind}.{size}x{stride}.{size_bytes}.{dtype}{f'.of{n}' if n > 1 else ''}",
-                bytes=float(size_bytes), group_size=size, stride=max(1, stride), shape=(n,) if n > 1 else (),
-                note="in a step, from the arrival of the last", statistic="mean",
+            replace(
+                self._timed(
+                    kind, "collective", [s for step in steps for s in step],
+                    f"{kind}.{size}x{stride}.{size_bytes}.{dtype}{f'.of{n}' if n > 1 else ''}",
+                    bytes=float(size_bytes), group_size=size, stride=max(1, stride), shape=(n,) if n > 1 else (),
+                    note="in a step, from the arrival of the last", statistic="median of the steps' means",
+                ),
+                seconds=float(np.median([np.mean(step) for step in steps if step])),
             )
-            for (kind, size, stride, size_bytes, dtype, n), seconds in sorted(calls.items())
+            for (kind, size, stride, size_bytes, dtype, n), steps in sorted(calls.items())
             if size > 1
         ]  # fmt: skip
