@@ -42,6 +42,9 @@ def bench(
     target: Annotated[
         str | None, typer.Option(metavar="TARGET", help="Ask the TPU compiler instead, such as tpu:v5p:2x2x1.")
     ] = None,
+    collectives: Annotated[
+        bool, typer.Option(help="Also collectives; without, where measured jobs will show their own.")
+    ] = True,
     coordinator: Coordinator = None,
     process: Process = None,
     processes: Processes = None,
@@ -55,8 +58,10 @@ def bench(
     if target is not None:
         from moecast.estimates import bench_target
 
-        if (devices, chip, seconds) != (None, None, None):
-            raise QuestionError(f"--target {target:.60}: nothing runs: leave --devices, --chip and --seconds out")
+        if (devices, chip, seconds, collectives) != (None, None, None, True):
+            raise QuestionError(
+                f"--target {target:.60}: nothing runs: leave --devices, --chip, --seconds and --no-collectives out"
+            )
         if (coordinator, process, processes) != (None, None, None):
             raise QuestionError(
                 f"--target {target:.60}: nothing runs: leave --coordinator, --process and --processes out"
@@ -72,19 +77,22 @@ def bench(
     if found.kind == "cpu":
         where.divides(count)
     if os.environ.get(CHILD):
-        _bench_here(table, count, chip, found, where, seconds or SECONDS)
+        _bench_here(table, count, chip, found, where, seconds or SECONDS, collectives)
         return
     with tempfile.TemporaryDirectory(prefix="moecast-") as scratch:
         made = Path(scratch) / "bench.parquet"
         arguments = ["bench", "-o", str(made), "--seconds", str(seconds or SECONDS), "--devices", str(count)]
-        child([*arguments, *(["--chip", chip] if chip else [])], where)
+        arguments += ["--chip", chip] if chip else []
+        child(arguments if collectives else [*arguments, "--no-collectives"], where)
         if not made.exists():
             return
         whole = joined([made], table)
     finish(whole, table, as_json)
 
 
-def _bench_here(output: Path, count: int, chip: str | None, found: Chip, where: Place, seconds: float) -> None:
+def _bench_here(
+    output: Path, count: int, chip: str | None, found: Chip, where: Place, seconds: float, collectives: bool
+) -> None:
     """In a child: all benchmarks on all devices."""
     from hw_profiles.loader import resolve_cluster
     from moecast.train import prepare
@@ -105,16 +113,18 @@ def _bench_here(output: Path, count: int, chip: str | None, found: Chip, where: 
         on_cpu = present[0].platform == "cpu"
         if chip is None and not on_cpu:
             raise QuestionError(f"--chip: needed for {present[0].device_kind}: the profile whose chip this is")
-        others.same({"--seconds": seconds, "--chip": found.name, "devices": [len(present), jax.local_device_count()]})
+        asked = {"--seconds": seconds, "--chip": found.name, "--collectives": collectives}
+        others.same({**asked, "devices": [len(present), jax.local_device_count()]})
         hosts = hosts_of(others, found, len(present))
         dtypes = ("fp32",) if on_cpu else ("fp32", "bf16")
         timer = Timer.of(present, found.name, seconds, others, hosts)
-        with bar("benchmarks", how_many(hosts, dtypes, large=not on_cpu), visible=others.lead) as done:
+        many = how_many(hosts, dtypes, large=not on_cpu, collectives=collectives)
+        with bar("benchmarks", many, visible=others.lead) as done:
 
             def say(text: str) -> None:
                 done.say(text)
                 done.advance()
 
-            rows = run(timer, dtypes, large=not on_cpu, say=say)
+            rows = run(timer, dtypes, large=not on_cpu, say=say, collectives=collectives)
         if others.lead:
             write_table(MeasurementTable(tuple(rows)), output)

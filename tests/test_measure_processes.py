@@ -111,6 +111,7 @@ def test_groups_tell_a_process_from_its_neighbours() -> None:
     # Enough sizes for a fit of the links, where a group tells about them alone.
     assert [len(messages(hosts, *g, large=False)) for g in named] == [4, 4, 7]
     assert count(hosts, ("fp32",), large=False) == 16 + 6 + 1 + 5 * (4 + 4 + 7)
+    assert count(hosts, ("fp32",), large=False, collectives=False) == 16 + 6 + 1
     assert (hosts.note("collective"), hosts.note("kernel")) == ("2 processes: by wire", "2 processes")
 
 
@@ -227,6 +228,18 @@ def test_two_processes_are_benchmarked_together(tmp_path: Path) -> None:
     assert "loopback" in rows["bench:4:all_to_all.2x2.16384"].note
 
 
+def test_collectives_may_be_left_out(tmp_path: Path) -> None:
+    table_file = tmp_path / "b.csv"
+    asked = ("bench", "--devices", "2", "--seconds", "0.01", "--no-collectives", "-o", str(table_file))
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests/bench_pair.py"), *asked], capture_output=True, text=True, timeout=300,
+        check=False, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    names = {r.name for r in read_table(table_file).rows}
+    assert names == {"product", "stream", "program_launch", "launch"}
+
+
 @pytest.mark.parametrize(
     ("arguments", "rule"),
     [
@@ -239,6 +252,7 @@ def test_two_processes_are_benchmarked_together(tmp_path: Path) -> None:
         (["bench", "--devices", "3", "-o", "t.csv", *AS_FIRST], "--processes 2: must divide the 3 devices"),
         (["measure", "FOUR", "EIGHT", "-o", "t.csv", *AS_FIRST], "several processes measure jobs of equal devices"),
         (["bench", "--target", "tpu:v5p:2x2x1", "-o", "t.csv", *AS_FIRST], "leave --coordinator, --process and"),
+        (["bench", "--target", "tpu:v5p:2x2x1", "-o", "t.csv", "--no-collectives"], "nothing runs: leave --devices,"),
         (["bench", "-o", "t.csv", "--coordinator", "here", *AS_FIRST[2:]], "write it as HOST:PORT"),
         (["bench", "-o", "t.csv", *AS_FIRST[:2], "--process", "2", "--processes", "2"], "--process 2: must be from 0"),
     ],

@@ -34,7 +34,7 @@ MORE_BETWEEN = (2**12, 2**16, 2**20)
 SMALL_IN_A_ROW, LAUNCHES = 16, 50
 
 
-def bench(timer: Timer, dtypes: Sequence[str], *, large: bool, say: Say) -> list[Measurement]:
+def bench(timer: Timer, dtypes: Sequence[str], *, large: bool, say: Say, collectives: bool = True) -> list[Measurement]:
     """All benchmarks; `large` adds the sizes that fill an accelerator. `say` is told what runs.
 
     Of several processes each runs all of it, and the rows of process 0 are those of all.
@@ -49,7 +49,7 @@ def bench(timer: Timer, dtypes: Sequence[str], *, large: bool, say: Say) -> list
         out.append(_stream(timer, size))
     say("launches")
     out += _launches(timer)
-    for size, stride in groups(timer.hosts):
+    for size, stride in groups(timer.hosts) if collectives else ():
         for kind in KINDS:
             for bytes_ in messages(timer.hosts, size, stride, large=large):
                 say(f"{kind} of {bytes_:,} bytes over {size}, {stride} apart")
@@ -57,11 +57,11 @@ def bench(timer: Timer, dtypes: Sequence[str], *, large: bool, say: Say) -> list
     return out
 
 
-def count(hosts: Hosts, dtypes: Sequence[str], *, large: bool) -> int:
+def count(hosts: Hosts, dtypes: Sequence[str], *, large: bool, collectives: bool = True) -> int:
     """How many benchmarks `bench` runs."""
     products = len(PRODUCTS) + (len(LARGE_PRODUCTS) if large else 0)
     streams = len(STREAMS) + (len(LARGE_STREAMS) if large else 0)
-    sizes = sum(len(messages(hosts, *group, large=large)) for group in groups(hosts))
+    sizes = sum(len(messages(hosts, *group, large=large)) for group in groups(hosts)) if collectives else 0
     return len(dtypes) * products + streams + 1 + len(KINDS) * sizes
 
 

@@ -26,6 +26,8 @@ PASSES = {"all_reduce": 2.0, "all_gather": 1.0, "reduce_scatter": 1.0}
 
 # NCCL takes the switch's reduction from 5 GPUs on H200 and 6 on B200 (its tuner; facts: topologies, 2); 6 for all.
 NVLS_FROM = 6
+# A chip of a torus passes a message on in about so many seconds (jax-ml.github.io/scaling-book, its pages on TPUs).
+HOP_S = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,7 +206,7 @@ def _inside_slice(torus: Torus, group: TorusGroup, kind: str, size: int) -> Rate
                 per_link = (e.members**2 - 1) / (4 * e.members)
             worst = max(worst, per_link * e.interleaved)
         hops = sum(e.members // (4 if e.ring else 3) or 1 for e in group.extents)
-        return Rate(latency + 1e-6 * hops, chip_bytes * worst / (w * torus.all_to_all_efficiency), "ICI")
+        return Rate(latency + HOP_S * hops, chip_bytes * worst / (w * torus.all_to_all_efficiency), "ICI")
     if kind == "permute":
         widest = max(e.interleaved for e in group.extents)
         return Rate(latency, share * widest / (w * torus.ring_efficiency), "ICI")
