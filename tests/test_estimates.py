@@ -223,7 +223,7 @@ def test_curves_that_are_not_there_are_refused(spec: dict[str, Any], rule: str) 
         (
             ["--target", "tpu:v5p:2x2x1", "--chip", "tpu-v5p"],
             2,
-            "nothing runs: leave --devices, --chip and --seconds out",
+            "nothing runs: leave --devices, --chip, --seconds and --no-collectives out",
         ),
     ],
 )
