@@ -227,6 +227,10 @@ def main() -> None:
     read.add_argument("--runs", type=int, default=11)
     read.add_argument("--all", action="store_true", help="all cases, not only one of each kind")
     asked = read.parse_args()
+    cases = [c for c in CASES if asked.all or c.group == 1024 or not c.judged]
+    largest = max(case.group for case in cases)
+    if asked.tokens < 1 or asked.tokens % largest:
+        read.error(f"--tokens {asked.tokens}: must be a multiple of a routing group's {largest}")
     if asked.threads == "both":
         # XLA reads its flags once, at start.
         for threads in ("one", "many"):
@@ -237,7 +241,6 @@ def main() -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"
     how = f"XLA_FLAGS={SINGLE}" if asked.threads == "one" else "XLA's thread pool"
     print(f"{how}: {asked.tokens} tokens, capacity factor 1, float32, {asked.runs} interleaved runs", flush=True)
-    cases = [c for c in CASES if asked.all or c.group == 1024 or not c.judged]
     compare(cases, asked.tokens, asked.runs, processor=asked.threads == "one")
 
 
