@@ -23,7 +23,7 @@ from simulator.engine.loads import ExpertLoads
 # Classes of microbatches of a stage and group.
 CLASSES = 4
 # Microbatches of loads of their own that are made into coflows together, a direction of DualPipe each: one after the
-# other costs more, and all at once is more than can be remembered.
+# other costs more time, and all at once memory for what is sent much later.
 TOGETHER = 64
 # A busiest rank this close to the mean is even: what normal draws leave of rounding.
 EVEN = 1e-9

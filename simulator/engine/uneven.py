@@ -107,16 +107,16 @@ class Uneven:
         self, t: Transfer, stage: int, group: int, patterns: list[LoadPattern], to_experts: bool, fine: bool
     ) -> list[_Block] | None:
         """Blocks of one byte a rank, over the folded links; all-to-alls that differ in bytes alone share them."""
-        key = (t.size, t.stride, t.between, stage, group, to_experts, fine, len(patterns), patterns[0])
+        kind = (t.size, t.stride, t.between, stage, group, to_experts, fine)
+        key = (*kind, len(patterns), patterns[0])
         if key not in self._blocks:
             several = self._make_parts(t, stage, group, [p.ranks_R for p in patterns], to_experts, fine)
-            alike = all(
-                len(parts) == len(several[0])
-                and all(a.links is b.links and a.level == b.level for a, b in zip(parts, several[0], strict=True))
-                for parts in several
-            )
-            columns = zip(*several, strict=True) if alike else ()
-            self._blocks[key] = [self._fold(_block(column)) for column in columns] if alike else None
+            if all(_over_the_same_links(parts, several[0]) for parts in several):
+                self._blocks[key] = [self._fold(_block(column)) for column in zip(*several, strict=True)]
+            else:
+                self._blocks[key] = None
+                for one, parts in zip(patterns, several, strict=True):
+                    self._blocks[*kind, 1, one] = [self._fold(_block([p])) for p in parts]
         return self._blocks[key]
 
     def _fold(self, block: _Block) -> _Block:
@@ -148,6 +148,12 @@ class Uneven:
             together[:, place] += block.bytes_BU
         busiest: Array = (together / bandwidth).max(axis=1, initial=0.0)
         return busiest
+
+
+def _over_the_same_links(parts: Sequence[Part], others: Sequence[Part]) -> bool:
+    """Whether parts are of the same levels, and have the very same lists of links."""
+    pairs = zip(parts, others, strict=False)
+    return len(parts) == len(others) and all(a.links is b.links and a.level == b.level for a, b in pairs)
 
 
 def _block(column: Sequence[Part]) -> _Block:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from hw_profiles.errors import QuestionError
 from simulator.network.coflow import Coflow, Part
 from simulator.network.fairness import Alike, Template, alike, pair_rates, solve
-from simulator.network.flight import SLACK, TICK_S, TICKS_PER_S, ticks
+from simulator.network.flight import SLACK, TICK_S, TICKS_PER_S
 from simulator.network.geometry import Geometry
 from simulator.network.regions import Alone
 
@@ -33,7 +33,7 @@ class Known:
         self._serial = count()
         self._uses, self._most = 0, KEPT_USES
         self._rates: dict[tuple[int, ...], tuple[list[float], list[int]]] = {}
-        # Each coflow's links; and its course alone, None where that takes more than this module to tell.
+        # Each coflow's links; and its course alone.
         self._spans: dict[Coflow, tuple[int, int]] = {}
         self._courses: dict[Coflow, Alone] = {}
         self._forgotten = np.zeros(bandwidth.size)
@@ -159,7 +159,8 @@ class Known:
         first = coflows[0]
         if not first.parts or max(first.phase_sizes()) > 2 or not self.remember:
             return False
-        if any(p in self.templates for c in coflows for p in c.parts):
+        parts = [p for c in coflows for p in c.parts]
+        if len(set(parts)) < len(parts) or any(p in self.templates for p in parts):
             return False
         columns = []
         for j in range(len(first.parts)):
@@ -210,43 +211,12 @@ class Known:
     # Alone -----------------------------------------------------------------------------------------------------------
 
     def course(self, coflow: Coflow) -> Alone | None:
-        """When the parts of a coflow end if it meets nobody; None where more than two parts of a phase share links."""
-        found = self._courses.get(coflow)
-        if found is None:
-            ends: list[int] = []
-            clock = 0
-            for phase in self._phases(coflow):
-                mine = self._phase_ends(phase)
-                if mine is None:
-                    return None
-                ends += [clock + end for end in mine]
-                clock += max(mine, default=0)
-            number, mask = self.span(coflow)
-            found = self._courses[coflow] = Alone(number, mask, ends, clock)
-        return found
+        """When the parts of a coflow end if it meets nobody, where that is known."""
+        return self._courses.get(coflow)
 
     def keep(self, coflow: Coflow, course: Alone) -> None:
-        """Remember a course that was found in another way."""
+        """Remember a course."""
         self._courses[coflow] = course
-
-    def _phase_ends(self, phase: list[Template]) -> list[int] | None:
-        """Ticks after which each part of a phase ends, all begun together; `Fluid` would say the same."""
-        sending = [t for t in phase if t.mask]
-        if len(sending) == 2 and sending[0].mask & sending[1].mask:
-            first, second = pair = sorted(sending, key=_serial_of)
-            rates, _ = self.rates(pair)
-            ends = {t: ticks(1.0 / rate) for t, rate in zip(pair, rates, strict=True)}
-            if ends[first] != ends[second]:
-                # Who is left has the links to itself.
-                due = min(ends.values())
-                i = 0 if ends[first] > due else 1
-                left = max(0.0, 1.0 - due * TICK_S * rates[i])
-                ends[pair[i]] = due + ticks(left / pair[i].solo)
-        elif len(sending) > 1 and any(a.mask & b.mask for i, a in enumerate(sending) for b in sending[:i]):
-            return None
-        else:
-            ends = {t: ticks(1.0 / t.solo) for t in sending}
-        return [ends.get(t, 0) for t in phase]
 
 
 def _ticks(seconds: NDArray[np.float64]) -> NDArray[np.int64]:
