@@ -87,11 +87,17 @@ class OpClass(Record):
 CollectiveFamily = Literal["ring", "reduce_scatter", "all_reduce", "in_switch", "all_to_all"]
 
 
+# Families of collectives that take n - 1 steps among n.
+Stepwise = Literal["ring", "all_to_all"]
+
+
 class Sharing(Record):
     """By how much each of `devices` at work at once is slower than the profile says, since they share a host.
 
     Factors of time: of compute, of memory traffic, of a collective's start, and of a byte on the wire; `families` has
-    start and wire of those that were fitted apart.
+    start and wire of those that were fitted apart. While a group of n of the D devices is in a call, the cores compute
+    for the others: the call starts 1 + `waits` x (1 - n / D) times as late, and `filled` x (1 - n / D) of its time
+    their compute takes less. `waits` is by family, of those whose algorithm has n - 1 steps.
     """
 
     devices: Annotated[int, Field(ge=1)]
@@ -100,6 +106,8 @@ class Sharing(Record):
     start: PositiveFloat
     wire: PositiveFloat
     families: dict[CollectiveFamily, tuple[PositiveFloat, PositiveFloat]] = {}
+    waits: dict[Stepwise, Annotated[float, Field(ge=0)]] = {}
+    filled: Annotated[float, Field(ge=0, le=1)] = 0.0
 
     def of(self, family: CollectiveFamily) -> tuple[float, float]:
         """Start and wire of a family's collectives."""

@@ -11,7 +11,8 @@ def at_work(chip: Chip, devices: int) -> Chip:
     """`chip` as it is while `devices` of one host are at work at once; itself where its profile says nothing of it.
 
     Between two measured numbers of devices factors go by their logarithms; below the fewest they stay, beyond the most
-    all but the start of a collective grow with the number of devices, since cores are shared out.
+    all but the start of a collective grow with the number of devices, since cores are shared out. What is left to say,
+    since it depends on the groups of a job, is how much of a call is filled: `sharing` of the result.
     """
     if not chip.sharing:
         return chip
@@ -40,9 +41,14 @@ def at_work(chip: Chip, devices: int) -> Chip:
             "efficiency": slower,
             "scale_up": network,
             "kernel_overhead_us": _scaled(chip.kernel_overhead_us, s.compute),
-            "sharing": (),
+            "sharing": (_filled(s),) if s.filled else (),
         }
     )
+
+
+def _filled(s: Sharing) -> Sharing:
+    """`s` with no factor but what it says of calls."""
+    return Sharing(devices=s.devices, compute=1, memory=1, start=1, wire=1, filled=s.filled)
 
 
 def factors(points: tuple[Sharing, ...], devices: int) -> Sharing:
@@ -68,13 +74,21 @@ def factors(points: tuple[Sharing, ...], devices: int) -> Sharing:
     for family in {**a.families, **b.families}:
         (low_start, low_wire), (high_start, high_wire) = a.of(family), b.of(family)
         apart[family] = between(low_start, high_start), between(low_wire, high_wire)
-    return Sharing(devices=devices, families=apart, **{n: between(getattr(a, n), getattr(b, n)) for n in names})
+    filled = a.filled * (1 - share) + b.filled * share
+    waits = {f: a.waits.get(f, 0.0) * (1 - share) + b.waits.get(f, 0.0) * share for f in {**a.waits, **b.waits}}
+    grown = {n: between(getattr(a, n), getattr(b, n)) for n in names}
+    return Sharing(devices=devices, families=apart, waits=waits, filled=filled, **grown)
 
 
 def _apart(fit: Regimes, s: Sharing, family: CollectiveFamily) -> Regimes:
     """A family's lines, where its factors differ from those that the whole network is given."""
     start, wire = (own / of_all for own, of_all in zip(s.of(family), (s.start, s.wire), strict=True))
-    lines = tuple(p.model_copy(update={"start": p.start * start, "step": p.step * start}) for p in fit.protocols)
+    waits = s.waits.get(family, 0.0) if family in ("ring", "all_to_all") else 0.0
+    # A start of 1 + waits (1 - n / D) is less by waits / D a step of n - 1.
+    first, less = start * (1 + waits - waits / s.devices), start * waits / s.devices
+    lines = tuple(
+        p.model_copy(update={"start": p.start * first, "step": p.step * start - p.start * less}) for p in fit.protocols
+    )
     return fit.model_copy(update={"protocols": lines, "passes": fit.passes * wire, "own": fit.own * wire})
 
 

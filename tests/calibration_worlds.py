@@ -11,7 +11,7 @@ import numpy as np
 
 from hw_profiles.loader import load_chip, resolve_cluster
 from hw_profiles.schema import Chip
-from simulator.calibration.terms import Terms, terms_of
+from simulator.calibration.terms import Terms, fillable_s, terms_of
 from simulator.job.job import Job
 from simulator.job.load import load_job
 from simulator.network.collectives import Network
@@ -23,17 +23,17 @@ HELD = ((80, 320, 8), (144, 288, 4), (112, 224, 8))
 COMMON = {"source": "a world", "date": "2026-11-22", "chip": "cpu-host", "software": "none"}
 
 
-def small_job(hidden: int, ffn: int, experts: int, devices: int = 2) -> Job:
-    """A tiny mixture on CPU devices."""
+def small_job(hidden: int, ffn: int, experts: int, devices: int = 2, degree: int = 2) -> Job:
+    """A tiny mixture on CPU devices, `degree` of which share out the experts."""
     heads = {"heads": hidden // 16, "kv_heads": 1, "head_dim": 16}
     moe = {"experts": experts, "top_k": 2, "expert": {"hidden": ffn}}
     return load_job(
         {
-            "name": f"h{hidden}-f{ffn}-e{experts}-d{devices}",
+            "name": f"h{hidden}-f{ffn}-e{experts}-d{devices}" + (f"-p{degree}" if degree != 2 else ""),
             "model": {"preset": "mixtral-8x7b", "vocab": 384, "hidden": hidden,
                       "decoder": {"layers": 2, "attention": heads, "moe": moe}},
             "cluster": {"chip": "cpu-host", "devices": devices},
-            "plan": {"expert": 2},
+            "plan": {"expert": degree},
             "batch": {"sequences": 16, "length": 128},
             "training": {"precision": "fp32", "capacity": {"factor": 1.25, "basis": "assignments"}},
             "software": {"stack": "moecast"},
@@ -61,6 +61,9 @@ class World:
         rng = np.random.default_rng([self.seed, zlib.crc32(job.name.encode())])
         compute = {k: self.seconds(*k, t) for k, t in terms_of(job, self.chip).items()}
         compute = {k: s * float(np.exp(self.noise * rng.standard_normal())) for k, s in compute.items() if s > 0}
+        shared = resolve_cluster(job.cluster, chip=self.chip).chip.sharing
+        whole, saved = sum(compute.values()), sum(s.filled for s in shared) * fillable_s(job, self.chip)
+        compute = {k: s * (1 - saved / whole) for k, s in compute.items()}
         from simulator.analysis.forecast import forecast
 
         answer = forecast(job, chip=self.chip.model_copy(update={"op_classes": {}}), engine="closed-form")
@@ -80,7 +83,13 @@ class World:
         for job in jobs:
             step, sent, compute, calls = self.step(job)
             base = Measurement(
-                f"{job.name}:step", **COMMON, kind="step", name="step", seconds=step, devices=2, job_hash=job.hash
+                f"{job.name}:step",
+                **COMMON,
+                kind="step",
+                name="step",
+                seconds=step,
+                devices=job.cluster["devices"],  # type: ignore[index]
+                job_hash=job.hash,
             )
             rows.append(base)
             for (scope, phase), s in compute.items():

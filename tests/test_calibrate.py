@@ -9,7 +9,7 @@ import pytest
 
 from hw_profiles.errors import QuestionError
 from hw_profiles.loader import load_chip, load_chip_file, resolve_cluster
-from hw_profiles.schema import Sharing
+from hw_profiles.schema import Chip, Sharing
 from hw_profiles.sharing import at_work, factors
 from moecast.calibrate import profile_text
 from simulator.analysis.forecast import forecast
@@ -111,6 +111,60 @@ def test_sharing_between_and_beyond() -> None:
     assert factors(known, 16).compute == 8 and factors(known, 16).start == 16
 
 
+def shared_cores(filled: float, wire: float = 3.0) -> Chip:
+    """A host whose devices slow down to a quarter when there are eight of them, not two."""
+    two = Sharing(devices=2, compute=1, memory=1, start=1, wire=1)
+    eight = Sharing(devices=8, compute=4, memory=4, start=40, wire=wire, filled=filled)
+    return CPU.model_copy(update={"sharing": (two, eight)})
+
+
+@pytest.mark.parametrize(("degree", "outside"), [(8, 0.0), (4, 0.5), (2, 0.75)])
+def test_groups_in_calls_leave_their_cores_to_others(degree: int, outside: float) -> None:
+    """A call of 4 of 8 devices gives the others' compute half of `filled` of its time; one of all 8 nothing."""
+    job = small_job(128, 256, 8, 8, degree)
+    plain, less = (forecast(job, chip=shared_cores(f), engine="closed-form") for f in (0.0, 0.8))
+    assert less.all_to_all.time_s == plain.all_to_all.time_s > 0
+    saved = 0.8 * outside * plain.all_to_all.time_s
+    assert plain.step_time_s - less.step_time_s == pytest.approx(saved, abs=1e-12)
+    # By op as in all, and by events as by formula.
+    assert sum(o.time_s for o in plain.ops) - sum(o.time_s for o in less.ops) == pytest.approx(saved, abs=1e-12)
+    assert forecast(job, chip=shared_cores(0.8)).step_time_s == pytest.approx(less.step_time_s, rel=1e-6)
+
+
+def test_cores_left_to_others_are_no_more_than_there_are() -> None:
+    """However long a call of 4 of 8 devices takes: no device computes faster than if the other four were not there."""
+    job = small_job(128, 256, 8, 8, 4)
+    plain, less = (forecast(job, chip=shared_cores(f, wire=1e4), engine="closed-form") for f in (0.0, 1.0))
+    layers = [sum(o.time_s for o in f.ops if o.scope.startswith("decoder.")) for f in (plain, less)]
+    assert layers[1] == pytest.approx(layers[0] / 2)
+
+
+def test_what_sharing_costs_steps_is_learnt() -> None:
+    """Benchmarks say three times as long on eight devices; steps say four, less what calls of half of them leave."""
+    shapes = [(1, n, n, n) for n in (64, 256, 1024)]
+    seconds = [2.0 * math.prod(s) / 5e10 for s in shapes]
+    slow = {2: 1.0, 8: 3.0}
+    stream = replace(product(shapes[0], 1e-3), name="stream", flops=None, bytes=1e7)
+    benches = [
+        *(product(s, x * slow[n], n) for n in (2, 8) for s, x in zip(shapes, seconds, strict=True)),
+        *(replace(stream, id=f"stream.{n}", devices=n, seconds=1e-3 * slow[n]) for n in (2, 8)),
+    ]
+    chip = fit_machine(CPU, [r for r in benches if r.devices == 2])[0]
+    world = replace(plain_world(), chip=chip.model_copy(update={"sharing": shared_cores(0.7).sharing}))
+    on_two = [small_job(*s) for s in FIT]
+    for groups, wanted in (((8, 4), 0.7), ((8,), 0.0)):
+        on_eight = [small_job(*s, 8, p) for s in ((64, 128, 8), (128, 256, 8), (96, 320, 8)) for p in groups]
+        table = world.table([*on_two, *on_eight])
+        found = calibrate([MeasurementTable((*table.rows, *benches), table.jobs, {}, "world.parquet")], CPU)
+        eight = found.chip.sharing[1]
+        assert eight.filled == pytest.approx(wanted, abs=0.05)
+        if wanted:
+            assert eight.compute == pytest.approx(4, rel=0.05)
+            held = small_job(112, 224, 8, 8, 4)
+            assert forecast(held, chip=found.chip).step_time_s == pytest.approx(world.step(held)[0], rel=0.03)
+            assert any(f"other groups compute in {eight.filled:.2f} of a call" in n for n in found.notes)
+
+
 def test_a_peak_may_be_raised_only_where_nobody_was_sure() -> None:
     shape = (1, 1024, 1024, 1024)
     fast = product(shape, 2.0 * math.prod(shape) / 1e13)
@@ -186,7 +240,10 @@ def test_each_measured_pass_has_a_home() -> None:
 
 
 def test_starts_and_bytes_are_told_apart_by_family() -> None:
-    """Eight devices at work: all-reduces start four times as late, all-to-alls move bytes nine times as slowly."""
+    """Eight devices at work: all-reduces start four times as late, all-to-alls move bytes nine times as slowly.
+
+    And all-to-alls start 1 + 1.6 (1 - n / 8) times as late where the others of the eight compute.
+    """
     shared = Sharing(devices=8, compute=1, memory=1, start=2, wire=2)
     two = Sharing(devices=2, compute=1, memory=1, start=1, wire=1)
     chip = CPU.model_copy(update={"sharing": (two, shared)})
@@ -196,19 +253,22 @@ def test_starts_and_bytes_are_told_apart_by_family() -> None:
         alone = resolve_cluster({"chip": "cpu-host", "devices": devices}, chip=chip.model_copy(update={"sharing": ()}))
         for family, apart in factors.items():
             start, wire = apart if devices == 8 else (1.0, 1.0)
-            rate = collective_rate(alone, family, 2, 1)
-            for arrays, size in ((1, 4e3), (1, 1e5), (1, 4e6), (12, 1e5), (12, 4e6), (30, 1e6), (1, 3e7)):
-                # A further array of a merged call starts in a third of the first one's time.
-                more = 1 + (arrays - 1) / 3 if family == "all_reduce" else 1.0
-                seconds = start * more * rate.latency_s + wire * size * rate.seconds_per_byte
-                merged = arrays if family == "all_reduce" else 1
-                rows.append(Timed(family, 2, size, float(seconds), devices, True, arrays=merged))
+            for n in (2, 4, 8) if devices == 8 and family == "all_to_all" else (2,):
+                waits = 1 + 1.6 * (1 - n / devices) if family == "all_to_all" else 1.0
+                rate = collective_rate(alone, family, n, 1)
+                for arrays, size in ((1, 4e3), (1, 1e5), (1, 4e6), (12, 1e5), (12, 4e6), (30, 1e6), (1, 3e7)):
+                    # A further array of a merged call starts in a third of the first one's time.
+                    more = 1 + (arrays - 1) / 3 if family == "all_reduce" else 1.0
+                    seconds = start * waits * more * rate.latency_s + wire * size * rate.seconds_per_byte
+                    merged = arrays if family == "all_reduce" else 1
+                    rows.append(Timed(family, n, size, float(seconds), devices, True, arrays=merged))
     found, _ = fit_network(chip, rows, "made", "2026-11-22")
     assert found.scale_up.collectives["all_reduce"].array == pytest.approx(1 / 3, rel=0.02)
     for family, (start, wire) in factors.items():
         assert found.sharing[1].of(family) == pytest.approx((start, wire), rel=0.05)
+    assert found.sharing[1].waits == {"all_to_all": pytest.approx(1.6, rel=0.05)}
     cluster = resolve_cluster({"chip": "cpu-host", "devices": 8}, chip=found)
-    for row in rows[len(rows) // 2 :]:
+    for row in (r for r in rows if r.devices == 8):
         starts = merged_starts(cluster, row.arrays)
-        seconds = starts * collective_rate(cluster, row.kind, 2, 1).seconds(row.bytes / starts)
+        seconds = starts * collective_rate(cluster, row.kind, row.size, 1).seconds(row.bytes / starts)
         assert seconds == pytest.approx(row.seconds, rel=0.05)

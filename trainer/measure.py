@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 WARM_UP = 3
 # Programs compiled at once: XLA's compiler is one thread for the most part.
 COMPILERS = 2
+# Steps of one trace, where several turns share them.
+FEWEST_TRACED = 3
 Say = Callable[[str], None]
 
 
@@ -72,10 +74,10 @@ def measure(
     """Run jobs on `devices`: each in turn `steps` timed steps after a warm-up and `traced` ones under the profiler.
 
     All of that happens `rounds` times; each of these measurements is taken in `turns` parts between those of all
-    others (the trace in the middle one), so that a machine whose speed drifts drifts alike for all. What is compiled is
-    kept, the state is drawn anew. `say` is told what is done, `count` times. `others` are this process and those with
-    the other devices, of which process 0 gets the rows. QuestionError for a job the trainer cannot run, or where
-    another process was asked something else; WorkFailed where a step fails, its trace cannot be matched with the
+    others, so that a machine whose speed drifts drifts alike for all (`traced_in` says in which it is traced). What is
+    compiled is kept, the state is drawn anew. `say` is told what is done, `count` times. `others` are this process and
+    those with the other devices, of which process 0 gets the rows. QuestionError for a job the trainer cannot run, or
+    where another process was asked something else; WorkFailed where a step fails, its trace cannot be matched with the
     program, or a process is gone.
     """
     out = []
@@ -83,20 +85,22 @@ def measure(
     counts = {"--steps": steps, "--traced": traced, "--rounds": rounds, "--turns": turns}
     others.same({"jobs (hash)": [one.job.hash[:12] for one in asked], **counts})
     with contextlib.ExitStack() as stack:
-        ready = []
-        for one in asked:
-            say(f"{one.job.name}: building")
-            ready.append(Ready(one, devices, others))
-            stack.callback(ready[-1].close)
+        ready, compiling = [], []
         # Compilers of several processes may ask each other: one program after the other.
         with ThreadPoolExecutor(COMPILERS if others.count == 1 else 1) as pool:
-            for made in pool.map(Ready.compile, ready):
+            for one in asked:
+                say(f"{one.job.name}: building")
+                ready.append(Ready(one, devices, others))
+                stack.callback(ready[-1].close)
+                compiling.append(pool.submit(ready[-1].compile))
+            for made, compiled in zip(ready, compiling, strict=True):
+                compiled.result()
                 say(f"{made.job.name}: compiled")
         samples = [[Sample() for _ in ready] for _ in range(rounds)]
+        traces = traced_in(traced, turns)
         for turn in range(turns):
             timed = steps // turns + (turn < steps % turns)
-            # One trace: to start and end the profiler takes longer than the steps.
-            seen = traced if turn == turns // 2 else 0
+            seen = traces[turn]
             for part in range(rounds):
                 for made, sample in zip(ready, samples[part], strict=True):
                     say(f"{made.job.name}: measuring")
@@ -104,6 +108,18 @@ def measure(
         for part in range(rounds):
             name = str(part + 1) if rounds > 1 else ""
             out += [made.measured(sample, name) for made, sample in zip(ready, samples[part], strict=True)]
+    return out
+
+
+def traced_in(traced: int, turns: int) -> list[int]:
+    """How many steps of each turn are traced: as many traces of `FEWEST_TRACED` as there can be, evenly apart.
+
+    To start and end the profiler takes longer than a few steps, and its first step is lost.
+    """
+    traces = max(1, min(turns, traced // FEWEST_TRACED))
+    out = [0] * turns
+    for i in range(traces):
+        out[(2 * i + 1) * turns // (2 * traces)] += traced // traces + (i < traced % traces)
     return out
 
 
@@ -131,7 +147,8 @@ class Ready:
             raise
 
     def compile(self) -> Ready:
-        """Compile the step and read what it will execute."""
+        """Compile the step and the first state, and read what a step will execute."""
+        _ = self.trainer.first
         self.compiled, report = compile_lowered(self.lowered, self.trainer.platform)
         self.program = read_program(self.compiled, self.trainer.platform, report)
         self.index = Program(parse_module(self.compiled.as_text()), self.program.collectives)
@@ -202,6 +219,8 @@ def _traced(run: Steps, count: int, name: str) -> tuple[Execution, ...]:
     with tempfile.TemporaryDirectory(prefix="moecast-trace-") as folder:
         options = jax.profiler.ProfileOptions()
         options.python_tracer_level = 0
+        # On CPUs events name their instructions; to write out all programs in memory takes longer than the steps.
+        options.enable_hlo_proto = jax.default_backend() != "cpu"
         jax.profiler.start_trace(folder, profiler_options=options)
         try:
             run.some(count + 1)

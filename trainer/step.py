@@ -147,19 +147,19 @@ class Trainer:
 
     def init(self) -> State:
         """The first state, drawn on the devices that hold it."""
-        out: State = self._first()
+        out: State = self.first()
         return out
 
     @cached_property
-    def _first(self) -> Any:
-        """The jitted function that draws the first state."""
+    def first(self) -> Any:
+        """The compiled function that draws the first state."""
         shardings = jax.tree.map(lambda x: x.sharding, self.state_shapes())
 
         def make() -> State:
             params = initial_values(self.abstract, self.job.training.learning.seed, self.parameter_dtype)
             return State(jnp.int32(0), params, self.optimizer.init(params))
 
-        return jax.jit(make, out_shardings=shardings)
+        return jax.jit(make, out_shardings=shardings).lower().compile()
 
     def setting(self, *, train: bool = True) -> Setting:
         """What the model needs to know."""

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from statistics import median
+from typing import TYPE_CHECKING
 
 from hw_profiles.cluster import Cluster
 from hw_profiles.cluster_spec import plain_spec
@@ -21,15 +22,21 @@ from simulator.analysis.forecast import forecast
 from simulator.analysis.spread import own_spread
 from simulator.calibration.fit_machine import fit_machine, fit_sharing
 from simulator.calibration.fit_network import Timed, card_rate, fit_network
-from simulator.calibration.fit_ops import fit_classes, total_s
+from simulator.calibration.fit_ops import FEWEST_APART, Seen, fit_classes, total_s
 from simulator.calibration.observations import Observed, host_seconds, observed
-from simulator.calibration.terms import Pass, Terms, scaled, terms_of
+from simulator.calibration.terms import Pass, Terms, fillable_s, scaled, terms_of
 from simulator.job.load import job_from_mapping
 from simulator.results.measurement import Measurement, MeasurementTable, measurement_hash
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 FEWEST_JOBS = 3
 # Of the stated interval.
 COVERED = 0.8
+# What calls could fill of a step's compute has to differ by so much between jobs, to tell how much they do.
+FEWEST_FILLABLE = 0.05
 # No step is known better than its own timing.
 FLOOR = 0.01
 TermsOf = Mapping[Pass, Terms]
@@ -84,6 +91,7 @@ def calibrate(tables: Sequence[MeasurementTable], base: Chip, sums: Mapping[str,
     notes += [
         f"{s.devices} devices at work: compute {s.compute:.2f}, memory {s.memory:.2f}, a collective's start"
         f" {s.start:.2f}, its bytes {s.wire:.2f} times as long"
+        + (f"; other groups compute in {s.filled:.2f} of a call" if s.filled else "")
         for s in out.chip.sharing
     ]
     out.chip = out.chip.model_copy(update={"calibration": _fitted_on(tables, base, sums or {})})
@@ -178,24 +186,65 @@ def _with_classes(chip: Chip, jobs: Sequence[Observed], known: Mapping[str, Term
     """`chip`, whose machine and network are fitted already, with the op classes that `jobs` show.
 
     What sharing a host costs in a step differs from what it costs benchmarks, which keep all cores busy: classes are
-    first fitted on the fewest devices, then the factors of more devices so that their steps' compute comes out, then
-    the classes once more on all.
+    fitted on the fewest devices, then what more devices lose, so that their steps' compute comes out; these say how far
+    off the classes are. Where the fewest devices ran too few jobs to tell the terms of a class apart, classes are
+    fitted once more on all.
     """
     counts = sorted({o.devices for o in jobs})
-    base = [o for o in jobs if o.devices == counts[0]]
-    if len(counts) > 1 and chip.sharing and len({o.job.hash for o in base}) >= FEWEST_JOBS - 1:
-        first = fit_classes([(o.job.hash, o.step_s, o.compute_s, known[o.job.hash]) for o in base], residuals=False)
-        more = {}
-        for n in counts[1:]:
-            own = [o for o in jobs if o.devices == n]
-            more[n] = median(sum(o.compute_s.values()) / total_s(first, known[o.job.hash]) for o in own)
-        chip = chip.model_copy(update={"sharing": tuple(_slowed(s, more.get(s.devices, 1.0)) for s in chip.sharing)})
-        known = {o.job.hash: scaled(known[o.job.hash], more.get(o.devices, 1.0)) for o in jobs}
-    seen = [(o.job.hash, o.step_s, o.compute_s, known[o.job.hash]) for o in jobs]
-    classes = fit_classes(seen, residuals=residuals)
+    own, rest = ([o for o in jobs if (o.devices == counts[0]) == base] for base in (True, False))
+    several = len({o.job.hash for o in own})
+    if len(counts) > 1 and chip.sharing and several >= FEWEST_JOBS - 1:
+        first = fit_classes(_points(own, known), residuals=False)
+        shared = {n: _shared([o for o in rest if o.devices == n], chip, first, known) for n in counts[1:]}
+        chip = chip.model_copy(update={"sharing": tuple(_slowed(s, shared.get(s.devices)) for s in chip.sharing)})
+        known = {o.job.hash: scaled(known[o.job.hash], shared.get(o.devices, (1.0, 0.0))[0]) for o in jobs}
+        rest = [_whole(o, chip, shared) for o in rest]
+    if several < FEWEST_APART:
+        own, rest = [*own, *rest], []
+    classes = fit_classes(_points(own, known), _points(rest, known), residuals=residuals)
     # Robust fits of single classes pass by slow outliers, of which every step has some: their sum has to come out.
-    whole = median(sum(o.compute_s.values()) / total_s(classes, known[o.job.hash]) for o in jobs)
+    whole = median(sum(o.compute_s.values()) / total_s(classes, known[o.job.hash]) for o in own)
     return chip.model_copy(update={"op_classes": {name: _longer(c, whole) for name, c in classes.items()}})
+
+
+def _points(jobs: Sequence[Observed], known: Mapping[str, TermsOf]) -> list[Seen]:
+    return [(o.job.hash, o.step_s, o.compute_s, known[o.job.hash]) for o in jobs]
+
+
+def _shared(
+    jobs: Sequence[Observed], chip: Chip, classes: Mapping[str, OpClass], known: Mapping[str, TermsOf]
+) -> tuple[float, float]:
+    """What so many devices at work cost: a factor on compute, and the share of calls that other groups fill.
+
+    The latter from jobs whose groups leave different shares of their devices outside; 0 where there are none such.
+    """
+    import numpy as np
+    from scipy.optimize import least_squares
+
+    seconds = np.array([sum(o.compute_s.values()) for o in jobs])
+    whole = np.array([total_s(classes, known[o.job.hash]) for o in jobs])
+    of_job = {o.job.hash: fillable_s(o.job, chip) for o in jobs}
+    fillable = np.array([of_job[o.job.hash] for o in jobs])
+    shares = fillable / whole
+    if len(of_job) < FEWEST_JOBS or shares.max() - shares.min() < FEWEST_FILLABLE:
+        return median((seconds / whole).tolist()), 0.0
+
+    def off(x: NDArray[np.float64]) -> NDArray[np.float64]:
+        out: NDArray[np.float64] = np.log(np.maximum(x[0] * whole - x[1] * fillable, 1e-9) / seconds)
+        return out
+
+    x = least_squares(off, [1.0, 0.5], bounds=([0.05, 0.0], [20.0, 1.0]), loss="soft_l1", f_scale=0.05).x
+    return float(x[0]), float(x[1])
+
+
+def _whole(o: Observed, chip: Chip, shared: Mapping[int, tuple[float, float]]) -> Observed:
+    """`o` with its compute as it would be if no call were filled."""
+    more = shared.get(o.devices, (1.0, 0.0))[1]
+    if not more:
+        return o
+    before = sum(o.compute_s.values())
+    factor = (before + more * fillable_s(o.job, chip)) / before
+    return replace(o, compute_s={key: s * factor for key, s in o.compute_s.items()})
 
 
 def _longer(c: OpClass, factor: float) -> OpClass:
@@ -203,8 +252,11 @@ def _longer(c: OpClass, factor: float) -> OpClass:
     return c.model_copy(update={**scaled, "residuals": {q: r / factor for q, r in c.residuals.items()}})
 
 
-def _slowed(s: Sharing, factor: float) -> Sharing:
-    return s.model_copy(update={"compute": s.compute * factor, "memory": s.memory * factor})
+def _slowed(s: Sharing, more: tuple[float, float] | None) -> Sharing:
+    if more is None:
+        return s
+    factor, filled = more
+    return s.model_copy(update={"compute": s.compute * factor, "memory": s.memory * factor, "filled": filled})
 
 
 def _left_out(chip: Chip, jobs: Sequence[Observed], known: Mapping[str, TermsOf]) -> list[tuple[str, float, float]]:

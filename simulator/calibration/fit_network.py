@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from hw_profiles.cluster import Cluster
 from hw_profiles.loader import SCALE_OUT_NAMES, resolve_cluster
-from hw_profiles.schema import Chip, CollectiveFamily, Quantity, Regime, Regimes, ScaleOut, ScaleUp, Sharing
+from hw_profiles.schema import Chip, CollectiveFamily, Quantity, Regime, Regimes, ScaleOut, ScaleUp, Sharing, Stepwise
 from hw_profiles.sharing import at_work
 from simulator.calibration.fit_machine import quantiles
 from simulator.network.collectives import PASSES, collective_rate, merged_starts
@@ -155,36 +155,53 @@ def _asked_for(paces: list[Pace], fewest: int) -> list[Pace]:
 
 
 def _shared(chip: Chip, known: Sharing, rows: Sequence[Timed]) -> Sharing:
-    """`known` with what collectives in steps show: factors for a start and for bytes, of all and of each family."""
+    """`known` with what collectives in steps show: factors for a start and for bytes, of all and of each family.
+
+    How much later a call of some devices starts, beside others that compute, is told by groups of several sizes.
+    """
     own = [r for r in rows if r.devices == known.devices and r.in_step]
     if len(own) < FEWEST or known.devices == min(r.devices for r in rows):
         return known
     alone = resolve_cluster({"chip": chip.name, "devices": known.devices}, chip=chip.model_copy(update={"sharing": ()}))
-    start, wire = _factors(alone, own, (known.start, known.wire))
+    start, wire, _ = _factors(alone, own, (known.start, known.wire), waits=False)
     apart: dict[CollectiveFamily, tuple[float, float]] = {}
+    waits: dict[Stepwise, float] = {}
+    stepwise: dict[CollectiveFamily, Stepwise] = {"ring": "ring", "all_to_all": "all_to_all"}
     families: tuple[CollectiveFamily, ...] = ("ring", "all_reduce", "all_to_all")
     for family in families:
         members = [r for r in own if FAMILIES[r.kind] == family]
         if len(members) >= FEWEST:
-            apart[family] = _factors(alone, members, (start, wire))
-    return known.model_copy(update={"start": start, "wire": wire, "families": apart})
+            wait = family in stepwise and len({r.size for r in members}) > 1
+            own_start, own_wire, waited = _factors(alone, members, (start, wire), waits=wait)
+            apart[family] = own_start, own_wire
+            if wait:
+                waits[stepwise[family]] = waited
+    return known.model_copy(update={"start": start, "wire": wire, "families": apart, "waits": waits})
 
 
-def _factors(alone: Cluster, rows: Sequence[Timed], guess: tuple[float, float]) -> tuple[float, float]:
-    """By how much starts and bytes of `rows` take longer than `alone` has them."""
+def _factors(
+    alone: Cluster, rows: Sequence[Timed], guess: tuple[float, float], *, waits: bool
+) -> tuple[float, float, float]:
+    """By how much starts and bytes of `rows` take longer than `alone` has them; and starts beside all others' compute.
+
+    The last is 0 unless it is asked for (`waits`).
+    """
     from scipy.optimize import least_squares
 
     lines = [collective_rate(alone, r.kind, r.size, 1) for r in rows]
     starts = np.array([line.latency_s * merged_starts(alone, r.arrays) for r, line in zip(rows, lines, strict=True)])
     wires = np.array([r.bytes * line.seconds_per_byte for r, line in zip(rows, lines, strict=True)])
+    outside = np.array([1 - min(r.size, alone.devices) / alone.devices for r in rows])
     seconds, weights = np.array([r.seconds for r in rows]), _weights(rows)
 
     def off(x: NDArray[np.float64]) -> NDArray[np.float64]:
-        out: NDArray[np.float64] = np.log((x[0] * starts + x[1] * wires) / seconds) * weights
+        model = x[0] * (1 + x[2] * outside) * starts + x[1] * wires
+        out: NDArray[np.float64] = np.log(model / seconds) * weights
         return out
 
-    x = least_squares(off, np.clip(guess, 0.1, 1e3), bounds=(0.1, 1e3), loss="soft_l1").x
-    return float(x[0]), float(x[1])
+    low, high = [0.1, 0.1, 0.0], [1e3, 1e3, 1e2 if waits else 1e-9]
+    x = least_squares(off, np.clip((*guess, 0.5), low, high), bounds=(low, high), loss="soft_l1").x
+    return float(x[0]), float(x[1]), float(x[2]) if waits else 0.0
 
 
 def _weights(rows: Sequence[Timed]) -> NDArray[np.float64]:

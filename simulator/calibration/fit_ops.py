@@ -29,10 +29,12 @@ class Point:
     terms: Terms
 
 
-def fit_class(points: Sequence[Point], share: float, *, residuals: bool = True) -> OpClass:
+def fit_class(
+    points: Sequence[Point], share: float, beside: Sequence[Point] = (), *, residuals: bool = True
+) -> OpClass:
     """The class that fits `points` best; `share` is its largest share of a step.
 
-    Residuals are of left-out jobs; without `residuals` they are not looked for, and are 1.
+    Residuals are of left-out jobs, and of those `beside`; without `residuals` they are not looked for, and are 1.
     """
     x, together = _solve(points, share)
     jobs = sorted({p.job for p in points})
@@ -41,6 +43,8 @@ def fit_class(points: Sequence[Point], share: float, *, residuals: bool = True) 
         rest = [p for p in points if p.job != job]
         left = _solve(rest, share)[0] if rest else x
         ratios += [p.seconds / max(predicted(left, p.terms), 1e-12) for p in points if p.job == job]
+    if residuals:
+        ratios += [p.seconds / max(predicted(x, p.terms), 1e-12) for p in beside]
     sizes = [max(p.terms.size_s, 1e-12) for p in points]
     return OpClass(
         launches=float(x[0]), arithmetic=float(x[1]), traffic=float(x[2]), together=together,
@@ -121,17 +125,35 @@ def home(key: Pass, known: Container[Pass]) -> Pass:
     return next((c for c in choices if c in known), choices[-1])
 
 
-def fit_classes(
-    seen: Sequence[tuple[str, float, Mapping[Pass, float], Mapping[Pass, Terms]]], *, residuals: bool = True
-) -> dict[str, OpClass]:
-    """All classes from (job, step seconds, measured seconds, terms) of every measurement.
+# Of one measurement: job, step seconds, measured seconds, terms.
+Seen = tuple[str, float, Mapping[Pass, float], Mapping[Pass, Terms]]
+
+
+def fit_classes(seen: Sequence[Seen], beside: Sequence[Seen] = (), *, residuals: bool = True) -> dict[str, OpClass]:
+    """All classes from every measurement; those `beside` are not fitted on, and say how far off the fit is.
 
     What was measured of a class that the roofline has not counts elsewhere (`home`); what the roofline has and no trace
     shows takes no time of its own (XLA fused it with another).
     """
+    points, shares = _by_class(seen)
+    others, _ = _by_class(beside)
+    out = {
+        f"{name}:{phase}": fit_class(found, shares[name, phase], others.get((name, phase), ()), residuals=residuals)
+        for (name, phase), found in points.items()
+    }
+    for name, phase in {key for _, _, _, terms in seen for key in terms} - set(points):
+        sizes = [max(t[name, phase].size_s, 1e-12) for _, _, _, t in seen if (name, phase) in t]
+        out[f"{name}:{phase}"] = OpClass(
+            launches=0, arithmetic=0, traffic=0, sizes=(min(sizes), max(sizes)), residuals=quantiles([1.0]),
+            rows=len(sizes), jobs=len(sizes),
+        )  # fmt: skip
+    return dict(sorted(out.items()))
+
+
+def _by_class(seen: Sequence[Seen]) -> tuple[dict[Pass, list[Point]], dict[Pass, float]]:
+    """What was measured of each class, and its largest share of a step."""
     points: dict[Pass, list[Point]] = {}
     shares: dict[Pass, float] = {}
-    known = {key for _, _, _, terms in seen for key in terms}
     for job, step_s, measured, terms in seen:
         homed: dict[Pass, float] = {}
         for key, seconds in measured.items():
@@ -141,14 +163,4 @@ def fit_classes(
             if seconds > 0 and terms[key].roofline_s > 0:
                 points.setdefault(key, []).append(Point(job, seconds, terms[key]))
                 shares[key] = max(shares.get(key, 0.0), seconds / step_s)
-    out = {
-        f"{name}:{phase}": fit_class(found, shares[name, phase], residuals=residuals)
-        for (name, phase), found in points.items()
-    }
-    for name, phase in known - set(points):
-        sizes = [max(t[name, phase].size_s, 1e-12) for _, _, _, t in seen if (name, phase) in t]
-        out[f"{name}:{phase}"] = OpClass(
-            launches=0, arithmetic=0, traffic=0, sizes=(min(sizes), max(sizes)), residuals=quantiles([1.0]),
-            rows=len(sizes), jobs=len(sizes),
-        )  # fmt: skip
-    return dict(sorted(out.items()))
+    return points, shares

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from hw_profiles.loader import resolve_cluster
 from hw_profiles.schema import Chip
-from simulator.costs.piece_times import Timer
+from simulator.costs.piece_times import Timer, filled
 from simulator.costs.reductions import StateCosts
 from simulator.job.job import Job
 from simulator.job.rules import resolve
@@ -75,6 +75,27 @@ def terms_of(job: Job, chip: Chip) -> dict[Pass, Terms]:
         seconds = float(costs.update_s(dense, expert)) - kernels.overhead_s
         add(("optimizer.update", FORWARD), 1 / stages, (kernels.overhead_s, 0.0, seconds))
     return dict(out)
+
+
+def fillable_s(job: Job, chip: Chip) -> float:
+    """Seconds of a step's calls that other groups of a host could fill with compute, one device, mean over stages.
+
+    0 for devices on several hosts or links of their own, where nothing is known to share cores.
+    """
+    cluster = resolve_cluster(job.cluster, chip=chip)
+    if len(cluster.levels) != 1:
+        return 0.0
+    degrees = resolve(job, cluster)
+    habits = habits_of(job, cluster.chip.kind, accumulates=degrees.microbatches > 1)
+    workload = build_workload(job, degrees, habits)
+    timer = Timer(job, cluster, degrees, habits, Kernels(cluster.chip), 1.0)
+    devices = cluster.levels[0].devices
+    of_piece = [
+        sum(float(filled(c, devices) * (c.forward + c.backward) * c.seconds) for c in timer.time(piece).comms)
+        for piece in workload.pieces
+    ]
+    each = (n * s for counts in workload.counts for n, s in zip(counts, of_piece, strict=True))
+    return sum(each) * float(degrees.microbatches) / len(workload.counts)
 
 
 def scaled(terms: Mapping[Pass, Terms], factor: float) -> dict[Pass, Terms]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from hw_profiles.cluster import Cluster
-from hw_profiles.schema import Chip
+from hw_profiles.schema import Chip, Sharing
 from simulator.job.job import Job
 from simulator.job.rules import Degrees
 from simulator.kernels.roofline import Kernels
@@ -117,6 +117,7 @@ class Timer:
         self.network = network or Network(cluster)
         self.names = recompute_names(job)
         self.offload = offload_names(job)
+        self.sharing = cluster.chip.sharing[0] if cluster.chip.sharing else None
         host = cluster.chip.host_link_gb_per_s
         self.host_bytes_per_s = host.value * 1e9 if host is not None else None
 
@@ -145,6 +146,8 @@ class Timer:
             self._op(out, op)
         for comm in piece.work.comms:
             self._comm(out, comm)
+        if self.sharing is not None:
+            _share_cores(out, self.sharing)
         if self.offload and piece.is_layer:
             self._offload(out)
         return out
@@ -255,6 +258,32 @@ class Timer:
         out.host_s = maximum(each_way - out.forward_s, 0.0) + maximum(
             each_way - out.backward_input_s - out.backward_weight_s, 0.0
         )
+
+
+def _share_cores(out: PieceTime, sharing: Sharing) -> None:
+    """Shorten compute by what the cores do of it while other groups of the host are in calls.
+
+    No further than to what compute takes where the devices of one group are at work alone.
+    """
+    there = [(c, filled(c, sharing.devices)) for c in out.comms]
+    most: Number = 0.0
+    for _, share in there:
+        most = maximum(most, share)
+    forward = sharing.filled * sum(share * c.forward * c.seconds for c, share in there)
+    backward = sharing.filled * sum(share * c.backward * c.seconds for c, share in there)
+    kept_f = 1 - minimum(most, forward / maximum(out.forward_s, 1e-30))
+    kept_b = 1 - minimum(most, backward / maximum(out.backward_input_s + out.backward_weight_s, 1e-30))
+    out.forward_s = out.forward_s * kept_f
+    out.backward_input_s = out.backward_input_s * kept_b
+    out.backward_weight_s = out.backward_weight_s * kept_b
+    for op in out.ops:
+        op.forward_s = op.forward_s * kept_f
+        op.backward_s, op.recompute_s = op.backward_s * kept_b, op.recompute_s * kept_b
+
+
+def filled(c: CommTime, devices: int) -> Number:
+    """The share of a call's time that the host's other devices can fill, of `devices` at work."""
+    return 1 - minimum(c.size, devices) / devices
 
 
 def launch_s(job: Job, chip: Chip, habits: Habits) -> float:
