@@ -10,7 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hw_profiles.cluster import Cluster
 from hw_profiles.errors import QuestionError
+from hw_profiles.loader import load_chip, resolve_cluster
+from hw_profiles.schema import Sharing
 from simulator.analysis.launches import _enumerated, turns_of
 from simulator.numbers import maximum
 from simulator.planner.array_form import ArrayForm, evaluate
@@ -22,9 +25,10 @@ from tests.planner_draws import JOBS, draw_table, load, scalar_answers
 PLANS = 320
 
 
-def _assert_equal(name: str, table: dict[str, Any]) -> int:
+def _assert_equal(name: str, table: dict[str, Any], cluster: Cluster | None = None) -> int:
     """How many plans of `table` keep the rules; all answers are those of the scalar forecast."""
-    job, cluster = load(name)
+    job, own = load(name)
+    cluster = cluster or own
     found = evaluate(job, cluster, table)
     valid = 0
     for i in range(len(table["plan.tensor"])):
@@ -47,6 +51,14 @@ def test_columns_equal_the_scalar_forecast(name: str) -> None:
     job, cluster = load(name)
     # Over the ten jobs well above a thousand plans keep the rules.
     assert _assert_equal(name, draw_table(job, cluster.devices, PLANS, np.random.default_rng(1))) > PLANS / 8
+
+
+def test_columns_of_devices_that_share_cores() -> None:
+    """How long a call lasts and what others compute in it goes by its group, another one in every plan."""
+    eight = Sharing(devices=8, compute=4, memory=4, start=40, wire=3, waits={"all_to_all": 1.5}, filled=0.8)
+    cluster = resolve_cluster("cpu-8", chip=load_chip("cpu-host").model_copy(update={"sharing": (eight,)}))
+    table = draw_table(load("own-cpu")[0], 8, PLANS, np.random.default_rng(2))
+    assert _assert_equal("own-cpu", table, cluster) > PLANS / 8
 
 
 @settings(deadline=None, max_examples=12)
