@@ -105,7 +105,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, default=Path("runs/loop"))
     parser.add_argument("--only", type=int, choices=(2, 8), help="jobs of so many devices alone")
-    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--steps", type=int, default=24)
     options = parser.parse_args()
     begun, out = time.monotonic(), options.out
     fit, held = ([v for v in vs if options.only in (None, v.devices)] for vs in (FIT, HELD_OUT))

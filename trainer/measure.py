@@ -7,6 +7,7 @@ Of several processes each does the same at the same time with its own devices; p
 from __future__ import annotations
 
 import contextlib
+import gc
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -34,7 +35,8 @@ from trainer.xplane import Execution, read_trace, trace_file
 if TYPE_CHECKING:
     from simulator.job.job import Job
 
-WARM_UP = 3
+# The first step of a new state is slow, and now and then the second.
+WARM_UP = 2
 # Programs compiled at once: XLA's compiler is one thread for the most part.
 COMPILERS = 2
 # Steps of one trace, where several turns share them.
@@ -96,6 +98,10 @@ def measure(
             for made, compiled in zip(ready, compiling, strict=True):
                 compiled.result()
                 say(f"{made.job.name}: compiled")
+        # Programs and what they were made of stay to the end: the collector need not go through them again and again.
+        gc.collect()
+        gc.freeze()
+        stack.callback(gc.unfreeze)
         samples = [[Sample() for _ in ready] for _ in range(rounds)]
         traces = traced_in(traced, turns)
         for turn in range(turns):

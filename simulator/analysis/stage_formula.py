@@ -16,8 +16,8 @@ from simulator.job.rules import Degrees
 from simulator.kernels.roofline import Kernels
 from simulator.numbers import Number, maximum, minimum, some
 from simulator.workload.habits import Habits, overlap_of
-from simulator.workload.memory import Shards
 from simulator.workload.schedules import Beside, StageTimes, hidden
+from simulator.workload.shards import Shards
 
 
 @dataclass(slots=True)

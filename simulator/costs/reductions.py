@@ -12,7 +12,7 @@ from simulator.kernels.roofline import Kernels
 from simulator.network.collectives import merged_starts
 from simulator.numbers import Number, maximum, some, where
 from simulator.workload.habits import Habits
-from simulator.workload.memory import Shards
+from simulator.workload.shards import Shards
 from simulator.workload.stages import Piece
 
 

@@ -13,8 +13,8 @@ from simulator.costs.reductions import StateCosts
 from simulator.job.job import Job
 from simulator.job.rules import Degrees
 from simulator.workload.habits import Habits, overlap_of
-from simulator.workload.memory import Shards
 from simulator.workload.saved import saved_bytes
+from simulator.workload.shards import Shards
 from simulator.workload.stages import Workload, offload_names, recompute_names
 
 

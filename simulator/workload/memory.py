@@ -21,22 +21,8 @@ from simulator.workload.blocks import works_in_blocks
 from simulator.workload.habits import Habits
 from simulator.workload.saved import is_recomputed, saved_bytes
 from simulator.workload.schedules import in_flight
+from simulator.workload.shards import Shards
 from simulator.workload.stages import Piece, Workload, offload_names, recompute_names
-
-
-@dataclass(frozen=True, slots=True)
-class Shards:
-    """Over how many devices each kind of state is split, beyond tensor, expert and pipeline degrees."""
-
-    dense: Number
-    expert: Number
-
-    @staticmethod
-    def of(degrees: Degrees) -> Shards:
-        """Dense states over the shard degree; experts over the part of the same devices that holds copies of them."""
-        d = degrees
-        copies = d.shard * d.tensor // (d.expert * d.expert_tensor)
-        return Shards(d.shard, where(d.shard > 1, maximum(1, minimum(d.expert_data, copies)), 1))
 
 
 def optimizer_bytes(habits: Habits, dense: Number, expert: Number, hidden: int, shards: Shards) -> Number:

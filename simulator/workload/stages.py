@@ -21,6 +21,7 @@ from simulator.workload.ops import Comm, LayerWork, product, stream
 from simulator.workload.parameters import layer_parameters, norm_parameters
 from simulator.workload.routing import Slots
 from simulator.workload.saved import saved_bytes
+from simulator.workload.shards import Shards
 from simulator.workload.tensors import layer_tensors, norm_tensors
 
 
@@ -155,9 +156,14 @@ class _Builder:
             work.comms.append(Comm(f"{prefix}.attention.norm", "all_reduce", "tensor", 4 * copied * split, 0, 1))
         if habits.each_array:
             piece.dense_calls, piece.expert_calls = layer_tensors(layer, model)
-            # XLA:CPU clears the stacks of what a scan over layers saves before it fills them, and copies them out.
+            # XLA:CPU clears the stacks of what a scan over layers saves before it fills them, and copies them out. Of
+            # the stacked weights it copies a layer's each way, and clears the stacks of their gradients.
             kept = saved_bytes(piece, recompute_names(self.job), offload_names(self.job))
-            work.ops.append(stream("layers.saved", "layer_input", 2 * kept, kept))
+            shards = Shards.of(d) if self.job.plan.shard == "parameters" else Shards(1, 1)
+            weights = habits.parameter_bytes * (
+                piece.dense_parameters / shards.dense + piece.expert_parameters / shards.expert
+            )
+            work.ops.append(stream("layers.saved", "layer_input", 2 * (kept + weights), kept + 3 * weights))
             work.ops[-1].dead_on_recompute = True
         piece.largest_matrix = h * largest([*widths, h / d.tensor])
         return piece
