@@ -61,14 +61,26 @@ def test_the_network_around_a_group_says_the_same_as_the_whole(
 
 @pytest.mark.parametrize("spec", CLUSTERS, ids=str)
 @pytest.mark.parametrize("transport", ["collective", "deepep"])
-def test_several_patterns_are_each_by_itself(spec: Any, transport: Any) -> None:
-    t = Templates(resolve_cluster(spec))
-    loads = np.random.default_rng(7).uniform(0.2, 3.0, (5, 16))
-    for drawn in (loads, np.where(loads < 0.5, 0.0, loads)):
-        for way in (True, False):
-            several = t.uneven_several(16, 1, (0, 1), drawn, way, transport, 0.5)
-            for one, parts in zip(drawn, several, strict=True):
-                same(parts, t.uneven(16, 1, (0, 1), one, way, transport, 0.5), exact=False)
+def test_several_patterns_are_each_routed_by_itself(spec: Any, transport: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums of what each member's load puts on links, against every pattern routed anew; members without load too."""
+    cluster, loads = resolve_cluster(spec), np.random.default_rng(7).uniform(0.2, 3.0, (5, 16))
+
+    def routed(fine: bool) -> list[tuple[Part, ...]]:
+        t, out = Templates(cluster), []
+        for drawn in (loads, np.where(loads < 0.5, 0.0, loads)):
+            for way in (True, False):
+                out += [t.uneven(16, 1, (0, 1), one, way, transport, 0.5, fine) for one in drawn]
+                if not fine:
+                    several = t.uneven_several(16, 1, (0, 1), drawn, way, transport, 0.5)
+                    for one, parts in zip(out[-5:], several, strict=True):
+                        same(one, parts, exact=False)
+        return out
+
+    summed = [routed(fine) for fine in (False, True)]
+    monkeypatch.setattr(template_parts, "MOST_IN_RESPONSE", 0)
+    for fine, found in zip((False, True), summed, strict=True):
+        for a, b in zip(found, routed(fine), strict=True):
+            same(a, b, exact=False)
 
 
 @pytest.mark.parametrize("seed", range(30))

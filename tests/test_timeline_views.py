@@ -10,12 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import networkx as nx
 import numpy as np
 import pytest
 
 from engine_setups import chunk, run, setup
 from reports import timeline as figures
-from simulator.analysis.critical_path import HOP, critical_path
+from simulator.analysis.critical_path import HOP, START, critical_path, edges
 from simulator.analysis.forecast import forecast
 from simulator.analysis.perfetto import write_perfetto
 from simulator.engine.run import Setup
@@ -148,6 +149,17 @@ def test_critical_path_goes_through_a_transfer_that_compute_waits_for() -> None:
     assert seconds(3.0, beside=True) == {"forward": 4.0, "backward": 1.0}
     assert seconds(6.0, beside=True) == {"all-to-all": 6.0, "backward": 1.0}
     assert seconds(3.0, beside=False) == {"forward": 4.0, "all-to-all": 3.0, "backward": 1.0}
+
+
+@pytest.mark.parametrize(("schedule", "virtual"), SCHEDULES)
+def test_critical_path_is_the_longest_path_of_networkx(schedule: str, virtual: int) -> None:
+    """Row by row, ties too: of stages that differ, and of stages so equal that many paths are as long."""
+    for made in (uneven(schedule, virtual), setup(schedule, 4, 8, virtual, hop_s=HOP_S)):
+        timeline = timeline_of(made)
+        graph = nx.DiGraph()
+        graph.add_weighted_edges_from((before, row, took) for row, before, took in zip(*edges(timeline), strict=True))
+        path = nx.dag_longest_path(graph, default_weight=0.0, topo_order=sorted(graph))
+        assert path == [START, *critical_path(timeline).rows]
 
 
 def test_critical_path_of_nothing() -> None:

@@ -2,13 +2,12 @@
 
 The step gets shorter only where something on it gets faster; everything else has slack. Rows are nodes, weighted with
 their seconds; an edge leads from a row to the one that its end let start, weighted with the seconds in between (a hop
-to another stage). The path is the longest one (networkx, in O(rows)).
+to another stage). The path is the longest one, found in one pass over the rows; tests compare it with networkx's.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +17,8 @@ from simulator.results.timeline import KINDS, STREAMS, Timeline
 HOP = "waiting for hop"
 # Something that no row shows let the next one start.
 OTHER = "other waiting"
+# Stands for the step's start where a row waits for no other.
+START = -1
 _COMPUTE = STREAMS.index("compute")
 
 
@@ -61,32 +62,51 @@ def _add(seconds: dict[str, float], name: str, value_s: float) -> None:
 
 
 def _longest(timeline: Timeline) -> list[int]:
-    """Rows of the longest path, first to last."""
-    import networkx
+    """Rows of the longest path, first to last.
 
+    Rows are recorded after those that let them start: their order is one in which lengths add up, in a single pass.
+    """
+    rows, befores, seconds = edges(timeline)
+    length, through = [-1.0] * len(timeline), [START] * len(timeline)
+    for row, before, took in zip(rows, befores, seconds, strict=True):
+        reached = took if before == START else length[before] + took
+        if reached > length[row]:
+            length[row], through[row] = reached, before
+    chain = [length.index(max(length))]
+    while through[chain[-1]] != START:
+        chain.append(through[chain[-1]])
+    return chain[::-1]
+
+
+def edges(timeline: Timeline) -> tuple[list[int], list[int], list[float]]:
+    """What rows wait for, in order of rows: row, the row before it or START, and seconds from the end of that one."""
     start, end, before = timeline.start_s.tolist(), timeline.end_s.tolist(), timeline.predecessor.tolist()
     device, compute = timeline.device.tolist(), (timeline.stream == _COMPUTE).tolist()
     rounding = _rounding(timeline)
-    edges: list[tuple[int, int, float]] = []
+    rows: list[int] = []
+    befores: list[int] = []
+    seconds: list[float] = []
+
+    def add(row: int, by: int, took: float) -> None:
+        rows.append(row)
+        befores.append(by)
+        seconds.append(took)
+
     last: dict[int, int] = {}
-    source = -1
     for i in np.flatnonzero(_in_order(timeline)).tolist():
-        own, took = last.get(device[i]), end[i] - start[i]
+        own, took, named = last.get(device[i]), end[i] - start[i], before[i]
         # The row before of the same class, where it ended just then or nothing else is named.
         gap = start[i] - end[own] if own is not None else 0.0
-        if own is not None and own != before[i] and gap >= -rounding and (before[i] < 0 or gap <= rounding):
-            edges.append((own, i, took))
-        if before[i] >= 0:
-            edges.append((before[i], i, took + max(0.0, start[i] - end[before[i]])))
+        if own is not None and own != named and gap >= -rounding and (named < 0 or gap <= rounding):
+            add(i, own, took)
+        if named >= 0:
+            add(i, named, took + max(0.0, start[i] - end[named]))
         elif own is None or gap < -rounding:
             # The step's start lets a class's first row start; should that start late, no row says why.
-            edges.append((source, i, end[i]))
+            add(i, START, end[i])
         if compute[i]:
             last[device[i]] = i
-    graph: Any = networkx.DiGraph()
-    graph.add_weighted_edges_from(edges)
-    path: list[int] = networkx.dag_longest_path(graph, default_weight=0.0)
-    return path[1:] if path[0] == source else path
+    return rows, befores, seconds
 
 
 def _in_order(timeline: Timeline) -> NDArray[np.bool_]:

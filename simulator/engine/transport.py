@@ -129,6 +129,7 @@ class Shared:
         self._last: dict[tuple[int, int], simpy.Event] = {}
         self.fluid = Fluid(bandwidth, regions=joined_links(folded, bandwidth.size))
         self.process = FluidProcess(env, self.fluid)
+        self._counted: tuple[int, Array] = -1, np.zeros(0)
         self.uneven = Uneven(self.fluid, self._parts, self._place)
 
     def _all(self) -> Iterator[tuple[int, int, Transfer]]:
@@ -238,7 +239,7 @@ class Shared:
 
     def links(self, step_s: float, most: int = 20) -> tuple[LinkUse, ...]:
         """The links that carried most for their bandwidth, one of each folded class."""
-        carried = self.fluid.link_bytes()
+        carried = self._carried()
         busy = carried / (self.fluid.bandwidth * step_s)
         topology = self.templates.topology
         order = np.argsort(-busy, kind="stable")[:most]
@@ -254,6 +255,13 @@ class Shared:
             if carried[i] > 0
         )
 
+    def _carried(self) -> Array:
+        """Bytes that have crossed each kept link up to now; summed once at the end of a step."""
+        now = int(self.env.now)
+        if self._counted[0] != now:
+            self._counted = now, self.fluid.link_bytes()
+        return self._counted[1]
+
     def drawing(self, step_s: float) -> Drawing | None:
         """The network with the share of the step that its links are busy, folded ones as those that stand for them.
 
@@ -261,7 +269,7 @@ class Shared:
         """
         if not self.kept.size:
             return None
-        busy = self.fluid.link_bytes() / (self.fluid.bandwidth * step_s)
+        busy = self._carried() / (self.fluid.bandwidth * step_s)
         return draw(self.templates.topology, np.where(self._class >= 0, busy[self._class], 0.0))
 
 

@@ -48,27 +48,10 @@ class Ports:
         merged: float = 1.0,
     ) -> Part:
         """The part with bytes of ports inside the domain and of network cards scaled; `merged` flows are one there."""
-        bytes_, flows, scale = self._dense(links, layout, up_scale, nic_scale, merged)
+        bytes_, flows, scale = self.dense(links, layout, up_scale, nic_scale, merged)
         return make_part(self.level, bytes_, flows, float(scale * self.largest))
 
-    def parts(
-        self,
-        links: int,
-        layout: SwitchedLayout,
-        up_scale: float = 1.0,
-        nic_scale: float = 1.0,
-        merged: float = 1.0,
-    ) -> list[Part]:
-        """The same of several patterns at once; where they use the same links, they share the list of these."""
-        bytes_BL, flows_BL, scale = self._dense(links, layout, up_scale, nic_scale, merged)
-        largest = (scale * np.asarray(self.largest)).tolist()
-        used = np.flatnonzero(bytes_BL[0])
-        if ((bytes_BL != 0) != (bytes_BL[0] != 0)).any() or (flows_BL != flows_BL[0]).any():
-            return [make_part(self.level, *x) for x in zip(bytes_BL, flows_BL, largest, strict=True)]
-        flows = flows_BL[0, used]
-        return [Part(self.level, used, b, flows, x) for b, x in zip(bytes_BL[:, used], largest, strict=True)]
-
-    def _dense(
+    def dense(
         self, links: int, layout: SwitchedLayout, up_scale: float, nic_scale: float, merged: float
     ) -> tuple[Array, Array, float]:
         """Bytes and flows on every link, and the factor on the largest flow."""

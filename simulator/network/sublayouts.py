@@ -18,11 +18,15 @@ Index = NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Near:
-    """A small layout, its `devices` and `links` as numbered in the whole network (ascending)."""
+    """A small layout, its `devices` and `links` as numbered in the whole network (ascending).
+
+    Of one network, those of equal `shape` differ in these numbers alone.
+    """
 
     layout: SwitchedLayout
     devices: Index
     link_ids: Index
+    shape: tuple[tuple[str, tuple[int, ...], bytes], ...]
 
     @property
     def links(self) -> int:
@@ -65,4 +69,5 @@ def near(layout: SwitchedLayout, members: Index) -> Near | None:
     for name in named:
         changes[name] = np.searchsorted(link_ids, changes[name])
     small = replace(layout, domains=int(domains.size), **changes)  # type: ignore[arg-type]
-    return Near(small, devices, link_ids)
+    shape = tuple((name, places.shape, places.tobytes()) for name, places in changes.items())
+    return Near(small, devices, link_ids, shape)

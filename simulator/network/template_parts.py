@@ -20,6 +20,7 @@ from simulator.network.joins import make_part
 from simulator.network.layouts import SwitchedLayout, TorusLayout
 from simulator.network.loads import Loads, Rail, added, flow_loads, rank_one_loads
 from simulator.network.loads_switched import Ports, flow_ports, product_ports
+from simulator.network.responses import Response
 from simulator.network.ring_patterns import (
     Flows,
     alike,
@@ -39,6 +40,8 @@ Index = NDArray[np.int64]
 
 # Surroundings of groups that are remembered.
 KEPT = 1024
+# Numbers of one response, and of all that are remembered (16 and 130 MB, flows included).
+MOST_IN_RESPONSE, KEPT_IN_RESPONSES = 1 << 20, 1 << 23
 
 # Groups that lie in one domain add in its switch, those across a border form rings.
 IN_SWITCH_WHERE_POSSIBLE = "in-switch where possible"
@@ -52,6 +55,8 @@ class PartMaker:
         # NCCL forwards over NVLink to the rail of the destination (PXN); elsewhere cards send to cards directly.
         self.rail: Rail = "pxn" if cluster.chip.scale_up.kind == "nvswitch" else "direct"
         self._near: OrderedDict[bytes, Near | None] = OrderedDict()
+        self._responses: dict[tuple[object, ...], list[Response]] = {}
+        self._kept = 0
 
     def efficiency(self, level: str, kind: str) -> float:
         """The share of a level's rate that collectives of `kind` reach."""
@@ -88,41 +93,75 @@ class PartMaker:
 
     def product(self, members: Index, rows: Array, columns: Array, transport: str, between: float) -> tuple[Part, ...]:
         """All-to-alls in groups (G x k) where i sends rows[i] * columns[j] bytes to j (D each)."""
-        return self.products(members, rows[None], columns[None], transport, between)[0]
-
-    def products(
-        self, members: Index, rows: Array, columns: Array, transport: str, between: float
-    ) -> list[tuple[Part, ...]]:
-        """The same for several patterns of loads at once (B x D each, or one row for all)."""
         layout, devices = self.topology.layout, self.cluster.devices
         place = self.around(layout, members) if isinstance(layout, SwitchedLayout) else None
         if place is not None:
             layout, devices = place.layout, place.devices.size
-            rows, columns, members = rows[:, place.devices], columns[:, place.devices], place.own(members)
+            rows, columns, members = rows[place.devices], columns[place.devices], place.own(members)
         group = np.full(devices, -1)
         group[members] = np.arange(len(members))[:, None]
-        rows, columns = np.broadcast_arrays(rows, columns)
         if not isinstance(layout, SwitchedLayout):
-            found = [rank_one_loads(self.topology, r, c, group).parts for r, c in zip(rows, columns, strict=True)]
-            return [self._finished(parts, "all_to_all") for parts in found]
-        rail: Rail = self.rail if transport == "collective" else "forward"
-        if len(rows) == 1:
-            ports = product_ports(layout, rows[0], columns[0], group, rail)
-            return [self._of_ports(layout, ports, "all_to_all", transport, between, members, place)]
-        ports = product_ports(layout, rows, columns, group, rail)
-        several: list[list[Part]] = [[] for _ in rows]
+            return self._finished(rank_one_loads(self.topology, rows, columns, group).parts, "all_to_all")
+        ports = product_ports(layout, rows, columns, group, self._rail(transport))
+        return self._of_ports(layout, ports, "all_to_all", transport, between, members, place)
+
+    def responses(
+        self, members: Index, others: NDArray[np.bool_], to_experts: bool, transport: str, between: float
+    ) -> list[Response] | None:
+        """What a unit of load of each member (of G x k) exchanges with `others` (k), 1/k of it with each.
+
+        None where that is more to work out and keep than it saves: large groups, and networks without domains.
+        """
+        layout = self.topology.layout
+        if not isinstance(layout, SwitchedLayout):
+            return None
+        place = self.around(layout, members)
+        links = self.topology.links if place is None else place.links
+        size = members.shape[1]
+        if size * links > MOST_IN_RESPONSE:
+            return None
+        if place is not None:
+            layout, members = place.layout, place.own(members)
+        # Groups that lie alike in networks that are alike share theirs.
+        network = () if place is None else place.shape
+        key = (network, members.tobytes(), size, others.tobytes(), to_experts, transport, between)
+        found = self._responses.get(key)
+        if found is None:
+            found = self._respond(layout, links, members, others, to_experts, transport, between)
+            self._kept += sum(r.bytes_RU.size for r in found)
+            if self._kept > KEPT_IN_RESPONSES:
+                self._responses.clear()
+                self._kept = 0
+            self._responses[key] = found
+        return found if place is None else [replace(r, links=place.link_ids[r.links]) for r in found]
+
+    def _respond(
+        self,
+        layout: SwitchedLayout,
+        links: int,
+        members: Index,
+        others: NDArray[np.bool_],
+        to_experts: bool,
+        transport: str,
+        between: float,
+    ) -> list[Response]:
+        size = members.shape[1]
+        group = np.full(layout.devices, -1)
+        group[members] = np.arange(len(members))[:, None]
+        plain, unit = np.zeros(layout.devices), np.zeros((size, layout.devices))
+        plain[members] = others / size
+        unit[np.arange(size)[:, None], members.T] = 1.0
+        rows, columns = (plain, unit) if to_experts else (unit, plain)
+        ports = product_ports(layout, rows, columns, group, self._rail(transport))
+        out = []
         for p, scales in self._scales(layout, ports, "all_to_all", transport, between, members):
-            parts = p.parts(self.topology.links if place is None else place.links, layout, *scales)
-            known: dict[int, Index] = {}
-            for out, part in zip(several, parts, strict=True):
-                if place is None:
-                    out.append(part)
-                    continue
-                links = known.get(id(part.links))
-                if links is None:
-                    links = known[id(part.links)] = place.link_ids[part.links]
-                out.append(Part(part.level, links, part.bytes, part.flows, part.largest_flow_bytes))
-        return [tuple(parts) for parts in several]
+            bytes_RL, flows_RL, scale = p.dense(links, layout, *scales)
+            used = np.flatnonzero(bytes_RL.any(axis=0))
+            out.append(Response(p.level, used, bytes_RL[:, used], flows_RL[:, used], scale * np.asarray(p.largest)))
+        return out
+
+    def _rail(self, transport: str) -> Rail:
+        return self.rail if transport == "collective" else "forward"
 
     def around(self, layout: SwitchedLayout, members: Index) -> Near | None:
         """The network around groups; the last ones asked for are remembered."""
@@ -148,8 +187,7 @@ class PartMaker:
         if not isinstance(layout, SwitchedLayout):
             return self._finished(flow_loads(self.topology, source, target, amount).parts, kind)
         sends = (source != target) & (amount > 0)
-        rail: Rail = self.rail if transport == "collective" else "forward"
-        ports = flow_ports(layout, source[sends], target[sends], amount[sends], rail)
+        ports = flow_ports(layout, source[sends], target[sends], amount[sends], self._rail(transport))
         return self._of_ports(layout, ports, kind, transport, between, members)
 
     def _of_ports(

@@ -147,7 +147,6 @@ class Templates:
         `splits` says, for contention; else one part for each level.
         """
         members = self.members(size, stride)[list(groups)]
-        even = np.full(size, 1.0 / size)
         cuts: list[tuple[NDArray[np.bool_], NDArray[np.bool_]]] = [(loads > 0, np.ones(size, dtype=np.bool_))]
         if fine:
             classes = np.full(size, 1)
@@ -157,7 +156,11 @@ class Templates:
             cuts = [(a, places == q) for a in mine for q in np.unique(places)]
         out: list[Part] = []
         for skewed, others in cuts:
-            busy, plain = self._spread(members, loads * skewed, "loads"), self._spread(members, even * others, "shares")
+            responses = self._make.responses(members, others, to_experts, transport, between)
+            if responses is not None:
+                out += [p for r in responses if (p := r.part(loads * skewed)) is not None]
+                continue
+            busy, plain = self._spread(members, loads * skewed, "loads"), self._spread(members, others / size, "shares")
             ends = (plain, busy) if to_experts else (busy, plain)
             out += self._make.product(members, *ends, transport, between)
         return tuple(out)
@@ -173,15 +176,12 @@ class Templates:
         between: float = 1.0,
     ) -> list[tuple[Part, ...]]:
         """`uneven`, not fine, for several loads at once: each of the same network around the same groups."""
-        if not (loads_BR > 0).all():
+        members, everybody = self.members(size, stride)[list(groups)], np.ones(size, dtype=np.bool_)
+        responses = self._make.responses(members, everybody, to_experts, transport, between)
+        if responses is None or not (loads_BR > 0).all():
             # Who gets nothing has no flows.
             return [self.uneven(size, stride, groups, x, to_experts, transport, between) for x in loads_BR]
-        members = self.members(size, stride)[list(groups)]
-        plain = self._spread(members, np.full(size, 1.0 / size), "shares")[None]
-        busy = np.zeros((len(loads_BR), self.cluster.devices))
-        busy[:, members] = loads_BR[:, None, :]
-        rows, columns = (plain, busy) if to_experts else (busy, plain)
-        return self._make.products(members, rows, columns, transport, between)
+        return list(zip(*(r.parts(loads_BR) for r in responses), strict=True)) or [() for _ in loads_BR]
 
     def start(self, kind: str, size: int, stride: int, between: float, bytes_: float) -> tuple[float, float]:
         """Latency (s) of one call with `bytes_`, and the factor on its bytes that the library's protocol costs."""
