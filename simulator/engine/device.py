@@ -336,12 +336,11 @@ def _both(action: Action) -> tuple[Action, ...]:
 
 
 def _passes(chunk: ChunkWork, a: Action) -> tuple[PassWork, ...]:
-    return {
-        FORWARD: (chunk.forward,),
-        BACKWARD: (chunk.input, chunk.weight),
-        INPUT: (chunk.input,),
-        WEIGHT: (chunk.weight,),
-    }[a.kind]
+    if a.kind == FORWARD:
+        return (chunk.forward,)
+    if a.kind == BACKWARD:
+        return chunk.input, chunk.weight
+    return (chunk.input if a.kind == INPUT else chunk.weight,)
 
 
 def _beside(transfers: list[Transfer]) -> bool:

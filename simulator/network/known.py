@@ -47,6 +47,8 @@ class Known:
 
     def learn(self, coflow: Coflow) -> None:
         """Make the templates of a coflow's parts; raises QuestionError as `Template` does, naming the coflow."""
+        if coflow in self._spans:
+            return
         for part in coflow.parts:
             if part not in self.templates:
                 try:
