@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from simulator.network.coflow import Coflow, Part
 from simulator.network.flight import TICK_S, ticks
 from simulator.network.fluid import Fluid
-from simulator.network.splits import quarter, size_class
+from simulator.network.splits import quarters, size_class
 
 MIB = 2**20
 Route = list[tuple[int, float]]
@@ -26,20 +26,23 @@ Route = list[tuple[int, float]]
 
 @dataclass
 class Net:
-    """Links with bytes/s, routes as (link, weight), and the level of a pair: the highest link it crosses."""
+    """Links with bytes/s, routes as (link, weight), and the level of a pair: the highest link it crosses.
+
+    On `one_switch` endpoints share no link with each other.
+    """
 
     name: str
     endpoints: int
     bandwidth: NDArray[np.float64]
     route: Callable[[int, int], Route]
     level: Callable[[int, int], str]
+    one_switch: bool = False
 
 
 def switch(n: int, bytes_per_s: float = 50e9) -> Net:
     """One switch: endpoint i sends on link i and receives on link n + i."""
-    return Net(
-        f"switch {n}", n, np.full(2 * n, bytes_per_s), lambda s, d: [(s, 1.0), (n + d, 1.0)], lambda s, d: "switch"
-    )
+    ports = np.full(2 * n, bytes_per_s)
+    return Net(f"switch {n}", n, ports, lambda s, d: [(s, 1.0), (n + d, 1.0)], lambda s, d: "switch", one_switch=True)
 
 
 def tree(n: int, leaf: int, oversubscribed: float, bytes_per_s: float = 50e9) -> Net:
@@ -144,9 +147,10 @@ def to_coflow(net: Net, collective: Collective, split: str = "level") -> Coflow:
         groups: dict[tuple[str, int, int], list[tuple[int, int]]] = {}
         ends = np.argwhere(pairs > 0)
         sizes = size_class(pairs[pairs > 0]).tolist()
+        quarter = quarters(net.endpoints, net.one_switch).tolist()
         for (s, d), size in zip(ends.tolist(), sizes, strict=True):
             mine, other = (s, d) if collective.fine == "source" else (d, s)
-            keys = {"level": (0, 0), "end": (mine, 0), "size": (size, 0), "cut": (size, int(quarter(other)))}
+            keys = {"level": (0, 0), "end": (mine, 0), "size": (size, 0), "cut": (size, quarter[other])}
             groups.setdefault((net.level(s, d), *keys[split]), []).append((s, d))
         assert len(collective.stages) == 1 or len(groups) == 1, "a stage of a chain is one part"
         parts += [_part(net, level, pairs, members) for (level, *_), members in sorted(groups.items())]

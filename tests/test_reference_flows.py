@@ -57,13 +57,9 @@ def test_chance_routing_ends_with_its_flows_as_the_product_cuts_it(net: Net) -> 
     assert table(net, chance_scenarios(net.endpoints), ("cut", "size", "level"))["cut"] < 0.06
 
 
-@pytest.mark.parametrize(
-    ("net", "bound"), [(switch(32), 0.06), (switch(64), 0.06), (torus(4, 4), 0.07), (tree(32, 8, 4), 0.11)],
-    ids=lambda x: x.name if isinstance(x, Net) else "",
-)  # fmt: skip
-def test_what_is_left_when_a_hot_destination_has_a_source_that_is_busy_elsewhere(net: Net, bound: float) -> None:
-    """The limit of one rate for a part, and a known miss on an oversubscribed tree: up to 10 % where 6 % is wanted."""
-    assert table(net, unrelated_scenarios(net.endpoints), ("cut", "end", "level"))["cut"] < bound
+@pytest.mark.parametrize("net", [*NETS, tree(32, 4, 4)], ids=lambda net: net.name)
+def test_a_hot_destination_whose_source_is_busy_elsewhere_ends_with_its_flows(net: Net) -> None:
+    assert table(net, unrelated_scenarios(net.endpoints), ("cut", "end", "level"))["cut"] < 0.06
 
 
 def test_reference_helpers_conserve_bytes() -> None:

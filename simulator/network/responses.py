@@ -40,10 +40,9 @@ class Response:
 
     def part(self, loads_R: Array) -> Part | None:
         """The part under one load, over the links of those that have any; None where nothing is sent."""
-        largest = float((loads_R * self.largest_R).max())
-        if not largest:
-            return None
         mine = loads_R > 0
         bytes_, flows = (loads_R[mine, None] * self.bytes_RU[mine]).sum(axis=0), self.flows_RU[mine].sum(axis=0)
         used = np.flatnonzero(bytes_)
-        return Part(self.level, self.links[used], bytes_[used], flows[used], largest)
+        if not used.size:
+            return None
+        return Part(self.level, self.links[used], bytes_[used], flows[used], float((loads_R * self.largest_R).max()))

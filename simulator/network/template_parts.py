@@ -40,8 +40,8 @@ Index = NDArray[np.int64]
 
 # Surroundings of groups that are remembered.
 KEPT = 1024
-# Numbers of one response, and of all that are remembered (16 and 130 MB, flows included).
-MOST_IN_RESPONSE, KEPT_IN_RESPONSES = 1 << 20, 1 << 23
+# Numbers of one response, beyond which routing what is asked for costs less; and of all that are remembered (130 MB).
+MOST_IN_RESPONSE, KEPT_IN_RESPONSES = 1 << 17, 1 << 23
 
 # Groups that lie in one domain add in its switch, those across a border form rings.
 IN_SWITCH_WHERE_POSSIBLE = "in-switch where possible"
@@ -162,6 +162,14 @@ class PartMaker:
 
     def _rail(self, transport: str) -> Rail:
         return self.rail if transport == "collective" else "forward"
+
+    def on_one_switch(self, members: Index) -> bool:
+        """Whether every group (G x k) is on a switch of its own, where devices share no link with each other."""
+        layout = self.topology.layout
+        if not isinstance(layout, SwitchedLayout) or not layout.crossbar:
+            return False
+        domains = members // layout.domain
+        return bool((domains == domains[:, :1]).all())
 
     def around(self, layout: SwitchedLayout, members: Index) -> Near | None:
         """The network around groups; the last ones asked for are remembered."""

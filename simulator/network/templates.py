@@ -21,7 +21,7 @@ from simulator.network.coflow import Coflow, Part
 from simulator.network.collectives import NVLS_FROM, PASSES
 from simulator.network.latencies import Starts
 from simulator.network.ring_patterns import tree_flows
-from simulator.network.splits import quarter, size_class
+from simulator.network.splits import quarters, size_class
 from simulator.network.template_parts import IN_SWITCH_WHERE_POSSIBLE, PartMaker
 from simulator.network.topology import Topology, topology_of
 
@@ -151,7 +151,7 @@ class Templates:
         if fine:
             classes = np.full(size, 1)
             classes[loads > 0] = size_class(loads[loads > 0])
-            places = quarter(np.arange(size))
+            places = quarters(size, self._make.on_one_switch(members))
             mine = [classes == c for c in np.unique(classes[loads > 0])]
             cuts = [(a, places == q) for a in mine for q in np.unique(places)]
         out: list[Part] = []
