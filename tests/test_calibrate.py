@@ -162,7 +162,16 @@ def test_what_sharing_costs_steps_is_learnt() -> None:
             assert eight.compute == pytest.approx(4, rel=0.05)
             held = small_job(112, 224, 8, 8, 4)
             assert forecast(held, chip=found.chip).step_time_s == pytest.approx(world.step(held)[0], rel=0.03)
+            assert {c.jobs for c in found.chip.op_classes.values()} == {len(FIT)}
             assert any(f"other groups compute in {eight.filled:.2f} of a call" in n for n in found.notes)
+
+
+def test_without_benchmarks_of_both_classes_are_fitted_on_all_devices() -> None:
+    """Nothing says that devices share a host: more of them are as good as few."""
+    world = plain_world()
+    jobs = [*(small_job(*s) for s in FIT), *(small_job(*s, 8) for s in FIT[:3])]
+    found = calibrate([world.table(jobs)], CPU)
+    assert not found.chip.sharing and found.chip.op_classes["moe.experts.up:forward"].jobs == len(jobs)
 
 
 def test_a_peak_may_be_raised_only_where_nobody_was_sure() -> None:

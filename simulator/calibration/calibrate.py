@@ -185,22 +185,24 @@ def _linked(tables: Sequence[MeasurementTable], chip: Chip) -> list[Timed]:
 def _with_classes(chip: Chip, jobs: Sequence[Observed], known: Mapping[str, TermsOf], *, residuals: bool) -> Chip:
     """`chip`, whose machine and network are fitted already, with the op classes that `jobs` show.
 
-    What sharing a host costs in a step differs from what it costs benchmarks, which keep all cores busy: classes are
-    fitted on the fewest devices, then what more devices lose, so that their steps' compute comes out; these say how far
-    off the classes are. Where the fewest devices ran too few jobs to tell the terms of a class apart, classes are
+    What sharing a host costs in a step differs from what it costs benchmarks, which keep all cores busy: there classes
+    are fitted on the fewest devices, then what more devices lose, so that their steps' compute comes out; these say how
+    far off the classes are. Where the fewest devices ran too few jobs to tell the terms of a class apart, classes are
     fitted once more on all.
     """
+    own, rest = list(jobs), list[Observed]()
     counts = sorted({o.devices for o in jobs})
-    own, rest = ([o for o in jobs if (o.devices == counts[0]) == base] for base in (True, False))
-    several = len({o.job.hash for o in own})
+    base = [o for o in jobs if o.devices == counts[0]]
+    several = len({o.job.hash for o in base})
     if len(counts) > 1 and chip.sharing and several >= FEWEST_JOBS - 1:
+        own, rest = base, [o for o in jobs if o.devices > counts[0]]
         first = fit_classes(_points(own, known), residuals=False)
         shared = {n: _shared([o for o in rest if o.devices == n], chip, first, known) for n in counts[1:]}
         chip = chip.model_copy(update={"sharing": tuple(_slowed(s, shared.get(s.devices)) for s in chip.sharing)})
         known = {o.job.hash: scaled(known[o.job.hash], shared.get(o.devices, (1.0, 0.0))[0]) for o in jobs}
         rest = [_whole(o, chip, shared) for o in rest]
-    if several < FEWEST_APART:
-        own, rest = [*own, *rest], []
+        if several < FEWEST_APART:
+            own, rest = [*own, *rest], []
     classes = fit_classes(_points(own, known), _points(rest, known), residuals=residuals)
     # Robust fits of single classes pass by slow outliers, of which every step has some: their sum has to come out.
     whole = median(sum(o.compute_s.values()) / total_s(classes, known[o.job.hash]) for o in own)
