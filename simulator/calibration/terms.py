@@ -6,16 +6,17 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from hw_profiles.cluster import Cluster
 from hw_profiles.loader import resolve_cluster
 from hw_profiles.schema import Chip
 from simulator.costs.piece_times import Timer, filled
 from simulator.costs.reductions import StateCosts
 from simulator.job.job import Job
-from simulator.job.rules import resolve
+from simulator.job.rules import Degrees, resolve
 from simulator.kernels.roofline import BACKWARD, FORWARD, RECOMPUTE, Kernels, class_of
-from simulator.workload.habits import habits_of
+from simulator.workload.habits import Habits, habits_of
 from simulator.workload.saved import is_recomputed
-from simulator.workload.stages import build_workload, recompute_names
+from simulator.workload.stages import Workload, build_workload, recompute_names
 
 Pass = tuple[str, str]
 
@@ -43,9 +44,7 @@ class Terms:
 def terms_of(job: Job, chip: Chip) -> dict[Pass, Terms]:
     """The terms of every class and pass of `job`, mean over its stages, on `chip` without its fitted classes."""
     cluster = resolve_cluster(job.cluster, chip=chip.model_copy(update={"op_classes": {}}))
-    degrees = resolve(job, cluster)
-    habits = habits_of(job, cluster.chip.kind, accumulates=degrees.microbatches > 1)
-    workload = build_workload(job, degrees, habits)
+    degrees, habits, workload = _built(job, cluster)
     kernels, names = Kernels(cluster.chip), recompute_names(job)
     out: dict[Pass, Terms] = defaultdict(Terms)
     stages = len(workload.counts)
@@ -77,6 +76,12 @@ def terms_of(job: Job, chip: Chip) -> dict[Pass, Terms]:
     return dict(out)
 
 
+def _built(job: Job, cluster: Cluster) -> tuple[Degrees, Habits, Workload]:
+    degrees = resolve(job, cluster)
+    habits = habits_of(job, cluster.chip.kind, accumulates=degrees.microbatches > 1)
+    return degrees, habits, build_workload(job, degrees, habits)
+
+
 def fillable_s(job: Job, chip: Chip) -> float:
     """Seconds of a step's calls that other groups of a host could fill with compute, one device, mean over stages.
 
@@ -85,9 +90,7 @@ def fillable_s(job: Job, chip: Chip) -> float:
     cluster = resolve_cluster(job.cluster, chip=chip)
     if len(cluster.levels) != 1:
         return 0.0
-    degrees = resolve(job, cluster)
-    habits = habits_of(job, cluster.chip.kind, accumulates=degrees.microbatches > 1)
-    workload = build_workload(job, degrees, habits)
+    degrees, habits, workload = _built(job, cluster)
     timer = Timer(job, cluster, degrees, habits, Kernels(cluster.chip), 1.0)
     devices = cluster.levels[0].devices
     of_piece = [
