@@ -128,10 +128,11 @@ class PartMaker:
         found = self._responses.get(key)
         if found is None:
             found = self._respond(layout, links, members, others, to_experts, transport, between)
-            self._kept += sum(r.bytes_RU.size for r in found)
-            if self._kept > KEPT_IN_RESPONSES:
+            more = sum(r.bytes_RU.size for r in found)
+            if self._kept + more > KEPT_IN_RESPONSES:
                 self._responses.clear()
                 self._kept = 0
+            self._kept += more
             self._responses[key] = found
         return found if place is None else [replace(r, links=place.link_ids[r.links]) for r in found]
 
